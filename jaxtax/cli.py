@@ -18,8 +18,7 @@ from typer.core import TyperGroup
 
 import jaxtax
 from jaxtax import cli_convert
-from jaxtax.cli_output import open_progress as _progress
-from jaxtax.cli_output import say as _say
+from jaxtax.cli_output import open_progress, say
 
 ORDER = ("study", "train", "eval", "report", "generate", "convert", "data", "show", "bench")
 GOES_ON = ("study", "train", "eval", "convert")
@@ -71,7 +70,7 @@ app = typer.Typer(
     cls=Verbs,
     help="Fine-tune gpt-oss and Qwen2-type models in JAX, and measure what safety training costs in "
     "reasoning.",
-    epilog="Every verb that writes takes out=DIR. Stopped? The same command again goes on from there.",
+    epilog="study, train, eval and report take out=DIR. Stopped? The same command again goes on from there.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -137,9 +136,9 @@ def study(
         for part in check(cfg):
             print(f"{'done' if part.done else 'to do':<5}  {part.name}  ({part.directory})")
         return
-    with _progress("study") as progress:
+    with open_progress("study") as progress:
         report = study(cfg, progress=progress)
-    _say(report=report / "index.html", numbers=report / "summary.json", next=f"jaxtax show {cfg.out}")
+    say(report=report / "index.html", numbers=report / "summary.json", next=f"jaxtax show {cfg.out}")
 
 
 @app.command()
@@ -151,9 +150,9 @@ def train(config: ConfigFile, overrides: Overrides = None) -> None:
     cfg = _read(config, overrides, "train")
     from jaxtax.train.loop import train
 
-    with _progress("train") as progress:
+    with open_progress("train") as progress:
         model = train(cfg, progress=progress)
-    _say(model=model, next=f"jaxtax eval CONFIG model={model} out=DIR")
+    say(model=model, next=f"jaxtax eval CONFIG model={model} out=DIR")
 
 
 @app.command(name="eval")
@@ -165,9 +164,9 @@ def evaluate(config: ConfigFile, overrides: Overrides = None) -> None:
     cfg = _read(config, overrides, "eval")
     from jaxtax.evals.run import evaluate
 
-    with _progress("eval") as progress:
+    with open_progress("eval") as progress:
         out = evaluate(cfg, progress=progress)
-    _say(evaluation=out, next=f"jaxtax show {out}")
+    say(evaluation=out, next=f"jaxtax show {out}")
 
 
 @app.command()
@@ -188,7 +187,7 @@ def report(
     from jaxtax.report.write import write_report
 
     out = write_report(study_dir, place.out)
-    _say(report=out / "index.html", numbers=out / "summary.json")
+    say(report=out / "index.html", numbers=out / "summary.json")
 
 
 @app.command()
@@ -226,10 +225,10 @@ def generate(
 
     replies = run(
         model, words or [], flags, file=file, out=out, as_json=as_json,
-        open_progress=lambda: _progress("generate"),
+        open_progress=lambda: open_progress("generate"),
     )  # fmt: skip
     if replies is not None:
-        _say(replies=replies)
+        say(replies=replies)
 
 
 @data_app.command(name="show")
@@ -261,7 +260,7 @@ def show(
     from jaxtax.show import describe
 
     description = describe(directory)
-    _say(**description.facts)
+    say(**description.facts)
     if not description.intact:
         raise typer.Exit(1)
 

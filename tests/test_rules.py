@@ -39,6 +39,7 @@ LEGEND = {
     "G": "heads per kv head", "H": "head_dim", "F": "mlp", "U": "gate and up together", "E": "experts",
     "A": "experts per token", "R": "flattened tokens", "V": "vocab", "L": "layers", "C": "chunk or capacity",
     "X": "blocks", "Y": "bytes", "W": "window", "J": "half of head_dim",
+    "M": "labels",
 }  # fmt: skip
 
 SOURCES = sorted(PACKAGE.rglob("*.py"))

@@ -170,7 +170,7 @@ class Transformer(nnx.Module):
             raise ValueError(f"this {self.cfg.family} model is a language model: it has no head for scores")
         last_BD = hidden_BTD[jnp.arange(hidden_BTD.shape[0]), last_B]
         score = self.score[...].astype(hidden_BTD.dtype)
-        return jnp.einsum("BD,CD->BC", last_BD, score, preferred_element_type=jnp.float32)
+        return jnp.einsum("BD,MD->BM", last_BD, score, preferred_element_type=jnp.float32)
 
     @property
     def unembed_VD(self) -> Array:
