@@ -15,6 +15,7 @@ from jaxtax.config import Data
 from jaxtax.data.batch import Batch
 from jaxtax.data.pack import pack
 from jaxtax.data.sources import load_conversations
+from jaxtax.faults import first_faults
 
 
 @dataclass(frozen=True)
@@ -73,17 +74,27 @@ class Batches:
         )
         self.fingerprint = self._digest()
 
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Of the arrays of a batch: batch_rows, row_tokens."""
+        return self._batch_rows, self._row_tokens
+
     def __len__(self) -> int:
         """Steps of all epochs."""
         return len(self._order)
 
     def __getitem__(self, step: int) -> Batch:
         """The batch of a step; arrays [batch_rows, row_tokens] in numpy."""
-        shape = (self._batch_rows, self._row_tokens)
+        return self.rows(step, range(self._batch_rows))
+
+    def rows(self, step: int, chosen: Sequence[int]) -> Batch:
+        """Only the `chosen` rows of the batch of a step; arrays [len(chosen), row_tokens] in numpy."""
+        shape = (len(chosen), self._row_tokens)
         tokens = np.full(shape, self._pad_id, np.int32)
         targets, positions, segments = (np.zeros(shape, np.int32) for _ in range(3))
         weights = np.zeros(shape, np.float32)
-        for place, row in enumerate(self._batch(step)):
+        whole = self._batch(step)
+        for place, row in enumerate(whole[number] for number in chosen):
             start = 0
             for segment, example in enumerate(row, start=1):
                 stop = start + len(example.tokens)
@@ -156,8 +167,7 @@ def _examples(
             "raise row_tokens or set too_long to drop or truncate"
         )
     if faults:
-        more = [f"and {len(faults) - 20} more"] if len(faults) > 20 else []
-        raise ValueError("\n  ".join(["this data cannot be trained on:", *faults[:20], *more]))
+        raise ValueError("\n  ".join(["this data cannot be trained on:", *first_faults(faults, 20)]))
     if not examples:
         raise ValueError(
             f"row_tokens={data.row_tokens} leaves nothing to train on: {fates['drop']} conversations were "

@@ -3,12 +3,12 @@
 import subprocess
 import sys
 
-from jaxtax.host import is_first_process
+from jaxtax.hosts.process import is_first_process
 
 
 def test_the_log_shows_our_news_and_only_the_warnings_of_others():
     code = (
-        "import logging; from jaxtax.host import log_to_stderr; log_to_stderr()\n"
+        "import logging; from jaxtax.hosts.process import log_to_stderr; log_to_stderr()\n"
         "logging.getLogger('jaxtax.train').info('ours')\n"
         "logging.getLogger('jaxtax.train').debug('details')\n"
         "logging.getLogger('other').info('gossip')\n"

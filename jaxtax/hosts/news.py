@@ -1,0 +1,215 @@
+"""What processes announce to each other while they work: that one failed, that one was asked to stop.
+
+A thread of each process looks once in a while. It needs no help of the main thread, which may be waiting, in
+a collective, for the very process that failed.
+"""
+
+import atexit
+import contextlib
+import faulthandler
+import json
+import logging
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TextIO
+
+from jaxtax.hosts import store
+
+_log = logging.getLogger(__name__)
+_LOOK = 0.5  # seconds between looks
+_GOODBYE = 4.0  # seconds for the others to end, once one has failed
+_PATIENCE = 60.0  # seconds for all processes to say how far they are
+
+
+class News:
+    """The thread that looks for announcements, and what was found.
+
+    A stop is agreed on like this: whoever was asked says so. The thread of each process then says how many
+    steps this process has begun, and keeps it from beginning another until all have said so; they stop after
+    the step that comes after the largest of these numbers. The main threads need not come: one of them may be
+    waiting for a step that this one has not begun.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()  # held from saying how far this process is to knowing where to stop
+        self._steps = 0
+        self._announced = False
+        self._stop_at: int | None = None
+        self._end = threading.Event()
+        self._thread = threading.Thread(target=self._look, name="news", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """Ends the thread; must come before the connection ends."""
+        self._end.set()
+        self._thread.join(5.0)
+
+    def stop_wanted(self, asked: bool, step: int) -> bool:
+        """Whether all stop after `step`; all processes call this once per step.
+
+        Calls are what is counted: a process may do several runs, each of which counts its steps from 0.
+
+        Args:
+          asked: whether this process was asked to.
+          step: for the log.
+        """
+        if asked and not self._announced:
+            self._announced = True
+            store.put("news/stop", str(store.index()))
+        with self._lock:
+            self._steps += 1
+            stop = self._stop_at is not None and self._steps >= self._stop_at
+        if stop and store.index() == 0:
+            _log.info("asked to stop; all processes stop after step %d", step)
+        return stop
+
+    def _look(self) -> None:
+        while not self._end.wait(_LOOK):
+            try:
+                found = store.under("news")
+                if "gone" in found:
+                    self._follow(json.loads(found["gone"]))
+                if "stop" in found and self._stop_at is None:
+                    self._agree()
+            except RuntimeError:  # the service is gone; JAX ends this process, or it has ended by itself
+                continue
+
+    def _agree(self) -> None:
+        with self._lock:
+            store.put(f"stop_at/{store.index()}", str(self._steps))
+            end, told = time.monotonic() + _PATIENCE, {}
+            while time.monotonic() < end:
+                told = store.under("stop_at")
+                if len(told) == store.count():
+                    self._stop_at = max(map(int, told.values())) + 1
+                    return
+                if gone := store.get("news/gone"):
+                    self._follow(json.loads(gone))
+                time.sleep(0.02)
+        _log.warning("no agreement where to stop: heard only from processes %s", ", ".join(sorted(told)))
+
+    def _follow(self, gone: dict) -> None:
+        """Ends this process because another one failed."""
+        if _leaving or self._end.is_set():
+            return
+        if gone["stuck"]:
+            dump_stacks(f"process {store.index()}, when process {gone['process']} found the run stuck:")
+        who = f"process {gone['process']} of {store.count()}"
+        print(
+            f"process {store.index()} leaves: {who} ended with {gone['reason']}", file=sys.stderr, flush=True
+        )
+        leave_now(gone["code"])
+
+
+_news: News | None = None
+_leaving = False  # this process has failed itself
+_stack_file: Path | None = None
+
+
+def listen() -> News:
+    """Starts to look for announcements, once; processes must be connected."""
+    global _news
+    if _news is None:
+        _news = News()
+        atexit.register(stop_listening)  # before JAX's own, which came first, ends the connection
+    return _news
+
+
+def stop_listening() -> None:
+    """Ends the looking, before the connection ends."""
+    global _news
+    if _news is not None:
+        _news.close()
+        _news = None
+
+
+def announce_failure(code: int, reason: str, *, stuck: bool = False) -> int:
+    """Tells all processes to end, and waits for a moment while they do, so that this one speaks last.
+
+    Args:
+      code: the exit code of all.
+      reason: a line for their logs.
+      stuck: whether they show where they are first.
+
+    Returns:
+      The exit code: of several failures the first counts, and who comes later does not wait.
+    """
+    global _leaving
+    _leaving = True
+    text = json.dumps({"process": store.index(), "code": code, "reason": reason, "stuck": stuck})
+    codes = [code]
+
+    def tell() -> None:
+        if store.put_first("news/gone", text):
+            _await_all("spoken", _GOODBYE - 1)
+        elif first := store.get("news/gone"):
+            codes.append(json.loads(first)["code"])
+
+    _within(_GOODBYE, tell)
+    return codes[-1]
+
+
+def leave_now(code: int) -> None:
+    """Ends this process at once, without the goodbyes of JAX's processes, which wait for each other."""
+
+    def tell() -> None:
+        store.put(f"spoken/{store.index()}", "")
+        store.put(f"left/{store.index()}", "")
+        if store.index() == 0:  # the service lives here, and JAX ends at once whoever loses it
+            _await_all("left", _GOODBYE)
+
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if store.connected():
+        _within(_GOODBYE + 1, tell)
+    os._exit(code)
+
+
+def _within(seconds: float, action: Callable[[], None]) -> None:
+    """Does something with the service, which may be gone, or hang with its machine."""
+
+    def act() -> None:
+        with contextlib.suppress(RuntimeError):
+            action()
+
+    thread = threading.Thread(target=act, daemon=True)
+    thread.start()
+    thread.join(seconds)
+
+
+def _await_all(what: str, seconds: float) -> None:
+    """Waits until all other processes have set their part of `what`."""
+    end = time.monotonic() + seconds
+    while len(store.under(what).keys() - {str(store.index())}) < store.count() - 1:
+        if time.monotonic() > end:
+            return
+        time.sleep(0.05)
+
+
+def keep_stacks_in(file: Path | None) -> None:
+    """Where `dump_stacks` writes, beside stderr."""
+    global _stack_file
+    _stack_file = file
+
+
+def dump_stacks(head: str) -> None:
+    """Writes where all threads of this process are, below `head`, to stderr and the file that was named."""
+    for out in (None, _stack_file):
+        try:
+            if out is None:
+                _write_stacks(head, sys.__stderr__ or sys.stderr)
+            else:
+                with out.open("a") as file:
+                    _write_stacks(head, file)
+        except (OSError, ValueError):  # no such disk any more, or no stderr
+            continue
+
+
+def _write_stacks(head: str, file: TextIO) -> None:
+    print(head, file=file, flush=True)
+    faulthandler.dump_traceback(file=file, all_threads=True)
+    file.flush()

@@ -1,0 +1,232 @@
+"""Connects this process with its peers, before anything of JAX runs."""
+
+import ipaddress
+import logging
+import os
+import re
+import socket
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from jaxtax.hosts import news, store
+from jaxtax.hosts.detect import ALONE, Peers, detect
+from jaxtax.hosts.roll_call import roll_call
+from jaxtax.hosts.tls import tls
+from jaxtax.hosts.tpu_vm import attribute, from_metadata, is_tpu_vm
+
+__all__ = ["ALONE", "Peers", "Settings", "detect", "start", "start_alone"]
+
+_log = logging.getLogger(__name__)
+_peers: Peers | None = None
+
+
+class Settings(Protocol):
+    """What a config may say about the processes; None: the default."""
+
+    @property
+    def heartbeat_seconds(self) -> float | None: ...
+    @property
+    def init_seconds(self) -> float | None: ...
+    @property
+    def shutdown_seconds(self) -> float | None: ...
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """How long processes wait, in seconds.
+
+    Attributes:
+      heartbeat: without a sign of life of a process or its machine, after which the run ends.
+      init: for all processes to have started.
+      shutdown: for all processes to have ended.
+    """
+
+    heartbeat: int = 30
+    init: int = 1800
+    shutdown: int = 30
+
+
+def bounds(settings: Settings | None, env: Mapping[str, str]) -> Bounds:
+    """JAXTAX_HEARTBEAT_SECONDS and the like, else what the config says, else the default.
+
+    Raises:
+      ValueError: a variable is not a number of seconds.
+    """
+    found, faults = {}, []
+    chosen = (
+        {}
+        if settings is None
+        else {
+            "heartbeat": settings.heartbeat_seconds,
+            "init": settings.init_seconds,
+            "shutdown": settings.shutdown_seconds,
+        }
+    )
+    for name in ("heartbeat", "init", "shutdown"):
+        value = chosen.get(name)
+        variable = f"JAXTAX_{name.upper()}_SECONDS"
+        if text := env.get(variable):
+            if re.fullmatch(r"\d+(\.\d+)?", text) and float(text) >= 1:
+                value = float(text)
+            else:
+                faults.append(f"{variable}={text!r}; expected a number of seconds, at least 1")
+        if value is not None:
+            found[name] = max(1, round(value))
+    if faults:
+        raise ValueError("\n".join(faults))
+    return Bounds(**found)
+
+
+def start(settings: Settings | None = None) -> Peers:
+    """Finds the peers that a launcher started with this process, and connects to them.
+
+    To be called before anything of JAX runs; another call returns what the first did. A single process is
+    left as it is.
+
+    Args:
+      settings: the block `hosts` of a config.
+
+    Raises:
+      ValueError: what the launcher says cannot work, or the processes do not agree; all faults at once, each
+        with what mends it.
+    """
+    global _peers
+    if _peers is not None:
+        return _peers
+    if store.connected():  # by the program that uses this package
+        return Peers(store.index(), store.count(), None, "jax.distributed")
+    peers, faults = ALONE, []
+    try:
+        peers = detect(os.environ)
+        if peers is ALONE and is_tpu_vm(os.environ):
+            peers = detect({**os.environ, **from_metadata(attribute)})
+    except ValueError as error:
+        faults.append(str(error))
+    try:
+        limits = bounds(settings, os.environ)
+    except ValueError as error:
+        faults.append(str(error))
+        limits = Bounds()
+    faults += unreachable(peers, os.environ)
+    if faults:
+        raise ValueError("\n".join(faults))
+    if peers.count > 1:
+        _connect(peers, limits)
+    _peers = peers
+    return peers
+
+
+def start_alone(verb: str) -> None:
+    """Instead of `start` for the work of one process.
+
+    Raises:
+      ValueError: a launcher started several, which would all do the same and write the same files.
+    """
+    peers = detect(os.environ)
+    if peers.count > 1:
+        raise ValueError(
+            f"`jaxtax {verb}` is the work of one process, which may use all devices of its machine; found "
+            f"{peers.count} processes ({peers.where}): start it with one task, or without the launcher. "
+            "Several are for `jaxtax train` and `jaxtax convert`"
+        )
+
+
+def unreachable(peers: Peers, env: Mapping[str, str]) -> list[str]:
+    """Why the processes could not meet at their coordinator."""
+    if peers.coordinator is None:
+        return []
+    host = peers.coordinator.rsplit(":", 1)[0].strip("[]")
+    faults = []
+    if is_loopback(host) and (peers.nodes or 1) > 1:
+        faults.append(
+            f"the coordinator is {peers.coordinator}, which on each of the {peers.nodes} machines is that "
+            f"machine itself; export JAXTAX_COORDINATOR=ADDRESS:{peers.coordinator.rsplit(':', 1)[1]}, the "
+            "address of process 0's machine in their network"
+        )
+    proxies = sorted(n for n in env if re.fullmatch(r"(?i)(grpc|https?|all)_proxy", n) and env[n])
+    spared = (env.get("no_grpc_proxy") or env.get("no_proxy") or env.get("NO_PROXY") or "").split(",")
+    if proxies and not any(_spares(name.strip(), host) for name in spared):
+        faults.append(
+            f"{', '.join(proxies)} would be asked for the coordinator {host}, and processes would not find "
+            f"each other; export no_proxy={','.join([*filter(None, map(str.strip, spared)), host])}"
+        )
+    return faults
+
+
+def _spares(name: str, host: str) -> bool:
+    """Whether an entry of no_proxy is meant for `host`."""
+    if name in ("*", host):
+        return True
+    try:
+        return ipaddress.ip_address(host) in ipaddress.ip_network(name, strict=False)
+    except ValueError:
+        return bool(name) and host.endswith("." + name.lstrip(".*"))
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a name or address is each machine's own."""
+    if host in ("localhost", "localhost.localdomain", "ip6-localhost", ""):
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _connect(peers: Peers, limits: Bounds) -> None:
+    secured = tls(os.environ)
+    roll_call(peers, limits.init)
+    import jax
+
+    # JAX's own handler of SIGTERM would take the place of Python's: see leave.py.
+    jax.config.update("jax_enable_preemption_service", False)
+    devices = local_devices(peers, os.environ, gpus_here())
+    try:
+        jax.distributed.initialize(
+            peers.coordinator,
+            peers.count,
+            peers.index,
+            local_device_ids=devices,
+            cluster_detection_method="deactivate",
+            initialization_timeout=limits.init,
+            heartbeat_timeout_seconds=limits.heartbeat,
+            shutdown_timeout_seconds=limits.shutdown,
+            **secured,
+        )
+    except jax.errors.JaxRuntimeError as error:
+        raise ValueError(
+            f"process {peers.index} of {peers.count} ({peers.where}) could not connect to "
+            f"{peers.coordinator}: {str(error).splitlines()[0]}"
+        ) from error
+    _log.info("process %d of %d on %s (%s)", peers.index, peers.count, socket.gethostname(), peers.where)
+    news.listen()
+
+
+def gpus_here() -> int:
+    """How many GPUs this machine has, whether or not this process may use them."""
+    return len([path for path in Path("/dev").glob("nvidia*") if re.fullmatch(r"nvidia\d+", path.name)])
+
+
+def local_devices(peers: Peers, env: Mapping[str, str], gpus: int) -> list[int] | None:
+    """Which of the GPUs in sight are this process's; None: all.
+
+    With one process per machine it is all of them. Where several processes share a machine, and each sees all
+    its GPUs, they take equal parts; where the launcher has given each its own, all in sight.
+
+    Args:
+      gpus: of the machine.
+    """
+    if env.get("JAX_LOCAL_DEVICE_IDS"):
+        return [int(word) for word in env["JAX_LOCAL_DEVICE_IDS"].split(",")]
+    local, count = peers.local_index, peers.local_count
+    if local is None or count is None or count == 1 or not gpus:
+        return None
+    chosen = env.get("CUDA_VISIBLE_DEVICES")
+    seen = gpus if chosen is None else len([word for word in chosen.split(",") if word.strip()])
+    given = int(env["SLURM_GPUS_ON_NODE"]) if env.get("SLURM_GPUS_ON_NODE", "").isdigit() else gpus
+    if seen < given or seen % count:
+        return None
+    each = seen // count
+    return list(range(local * each, (local + 1) * each))
