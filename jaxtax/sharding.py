@@ -1,6 +1,8 @@
 """How arrays are spread over devices: four mesh axes, and one table from logical axes to them.
 
-`pjit` today is `jax.jit` with shardings; this file only says which.
+`pjit` today is `jax.jit` with shardings; this file only says which. What the compiler would spread badly by
+itself is written out per device, with the same table: experts (ops/moe_parallel.py), attention of rows that
+are cut (ops/attention_parallel.py), and the loss (ops/loss.py).
 """
 
 from collections.abc import Mapping
@@ -19,6 +21,11 @@ MESH_AXES = ("data", "fsdp", "expert", "tensor")  # always these four; a size of
 # Logical axis of a parameter or activation -> mesh axes it is split over.
 AXIS_TO_MESH: dict[str, tuple[str, ...]] = {
     "batch": ("data", "fsdp", "expert"),
+    "time": (),
+    # Rows too long for one device (mesh.split_sequence): fsdp holds pieces of the same rows instead of
+    # different rows, and still its part of every parameter.
+    "long_batch": ("data", "expert"),
+    "pieces": ("fsdp",),
     "embed": ("fsdp",),
     "vocab": ("tensor",),
     "heads": ("tensor",),
@@ -31,6 +38,15 @@ AXIS_TO_MESH: dict[str, tuple[str, ...]] = {
     "packed_out": ("fsdp", "tensor"),  # of matrices in 4 bits
     "packed_in": (),
 }
+
+RowAxes = tuple[str, str]  # logical axes of the B and the T of activations
+ROWS: RowAxes = ("batch", "time")
+LONG_ROWS: RowAxes = ("long_batch", "pieces")
+
+
+def row_axes(split_sequence: bool) -> RowAxes:
+    """The logical axes of rows: whole ones, or ones that are cut into pieces along time."""
+    return LONG_ROWS if split_sequence else ROWS
 
 
 def make_mesh(sizes: Mapping[str, int]) -> Mesh:
@@ -71,17 +87,39 @@ def shardings(tree: Any, mesh: Mesh) -> Any:
     return jax.tree.map(one, tree, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
 
 
-def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Rows of a batch are split over every mesh axis that holds different rows."""
-    return NamedSharding(mesh, P(AXIS_TO_MESH["batch"]))
+def batch_sharding(mesh: Mesh, *, split_sequence: bool = False) -> NamedSharding:
+    """Of the arrays [B, T] of a batch: rows are split over every mesh axis that holds different rows."""
+    return NamedSharding(mesh, P(*(AXIS_TO_MESH[axis] or None for axis in row_axes(split_sequence))))
 
 
 def constrain(x: Array, *axes: str | None) -> Array:
     """Asks for `x` to be split by its logical `axes`, one per dimension, on the mesh in force, if any."""
     if jax.sharding.get_abstract_mesh().empty:
         return x
-    names = (AXIS_TO_MESH[axis] or None if axis else None for axis in axes)
-    return jax.lax.with_sharding_constraint(x, P(*names))
+    return jax.lax.with_sharding_constraint(x, axes_spec(*axes))
+
+
+def axes_spec(*axes: str | None) -> P:
+    """The partition of an array with logical `axes`, one per dimension; None stays whole."""
+    return P(*(AXIS_TO_MESH[axis] or None if axis else None for axis in axes))
+
+
+def mesh_sizes() -> dict[str, int] | None:
+    """Sizes of the mesh in force, for code that is written out per device; None: one device, or no mesh."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1 or mesh.axis_names != MESH_AXES or mesh.manual_axes:
+        return None
+    return dict(mesh.shape)
+
+
+def mesh_platform() -> str:
+    """What the mesh in force is made of ("cpu", "gpu", "tpu"); without a mesh, the default devices.
+
+    A step that is compiled for devices which are not there has a mesh of these.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    device = None if mesh.empty else mesh.abstract_device
+    return jax.default_backend() if device is None or device.platform is None else device.platform
 
 
 class Sized(Protocol):
@@ -98,42 +136,71 @@ class Sized(Protocol):
     @property
     def num_kv_heads(self) -> int: ...
     @property
+    def windows(self) -> tuple[int | None, ...]: ...
+    @property
     def moe(self) -> Any: ...
 
 
 def check_mesh(
-    cfg: Sized, sizes: Mapping[str, int], batch_rows: int, *, four_bit_experts: bool = False
+    cfg: Sized,
+    sizes: Mapping[str, int],
+    batch_rows: int,
+    *,
+    row_tokens: int | None = None,
+    four_bit_experts: bool = False,
 ) -> None:
     """Checks that the mesh divides the model and the batch.
 
     Args:
+      sizes: of the mesh axes, and `split_sequence` if rows are cut into pieces (as config.Mesh says).
+      batch_rows: rows that are computed at a time.
+      row_tokens: tokens of a row; needed where rows are cut.
       four_bit_experts: whether the model's experts are in 4 bits, and so split along their outputs alone.
 
     Raises:
-      ValueError: listing every size that is not divided, and the largest mesh axis that would divide it.
+      ValueError: listing every size that is not divided, and the largest mesh axis that would divide it; and
+        pieces of rows that are shorter than a window of the model.
     """
-    rows_split = int(np.prod([sizes.get(axis, 1) for axis in AXIS_TO_MESH["batch"]]))
+    split = bool(sizes.get("split_sequence", False))
+    row_names = AXIS_TO_MESH[row_axes(split)[0]]
+    rows_split = int(np.prod([sizes.get(axis, 1) for axis in row_names]))
+    fsdp, tensor, expert = (sizes.get(axis, 1) for axis in ("fsdp", "tensor", "expert"))
     demands = [
-        ("data*fsdp*expert", rows_split, "batch_rows / micro_batches", batch_rows),
-        ("fsdp", sizes.get("fsdp", 1), "embed_dim", cfg.embed_dim),
-        ("tensor", sizes.get("tensor", 1), "num_heads", cfg.num_heads),
-        ("tensor", sizes.get("tensor", 1), "num_kv_heads", cfg.num_kv_heads),
-        ("tensor", sizes.get("tensor", 1), "mlp_dim", cfg.mlp_dim),
-        ("tensor", sizes.get("tensor", 1), "vocab_size", cfg.vocab_size),
+        ("*".join(row_names), rows_split, "batch_rows / micro_batches", batch_rows),
+        ("fsdp", fsdp, "embed_dim", cfg.embed_dim),
+        ("tensor", tensor, "num_heads", cfg.num_heads),
+        ("tensor", tensor, "num_kv_heads", cfg.num_kv_heads),
+        ("tensor", tensor, "mlp_dim", cfg.mlp_dim),
+        ("tensor", tensor, "vocab_size", cfg.vocab_size),
+        ("expert", expert, "num_experts", 1 if cfg.moe is None else cfg.moe.num_experts),
     ]
-    if cfg.moe is not None:
-        demands.append(("expert", sizes.get("expert", 1), "num_experts", cfg.moe.num_experts))
-    elif sizes.get("expert", 1) > 1:
-        demands.append(("expert", sizes["expert"], "num_experts", 1))
     if four_bit_experts:
-        split = sizes.get("fsdp", 1) * sizes.get("tensor", 1)
-        demands.append(("fsdp*tensor", split, "2 * mlp_dim", 2 * cfg.mlp_dim))
-        demands.append(("fsdp*tensor", split, "embed_dim", cfg.embed_dim))
+        demands.append(("fsdp*tensor", fsdp * tensor, "2 * mlp_dim", 2 * cfg.mlp_dim))
+        demands.append(("fsdp*tensor", fsdp * tensor, "embed_dim", cfg.embed_dim))
+    if split:
+        assert row_tokens is not None
+        demands.append(("fsdp", fsdp, "data.row_tokens", row_tokens))
     faults = [
         f"mesh {axis}={size} does not divide {what}={dim}; the largest that does is "
         f"{max(d for d in range(1, size + 1) if dim % d == 0)}"
         for axis, size, what, dim in demands
         if dim % size
     ]
+    if split and row_tokens is not None:
+        faults += _short_pieces(row_tokens, fsdp, cfg.windows)
     if faults:
         raise ValueError("\n".join(faults))
+
+
+def _short_pieces(row_tokens: int, fsdp: int, windows: tuple[int | None, ...]) -> list[str]:
+    """Faults of rows that are cut: a piece looks back into the one before it, and no further."""
+    widest = max((window for window in windows if window is not None), default=1)
+    if fsdp == 1:
+        return ["mesh.split_sequence is true, but fsdp=1 has one piece; set fsdp to the number of pieces"]
+    if row_tokens // fsdp >= widest:
+        return []
+    return [
+        f"mesh fsdp={fsdp} cuts rows of data.row_tokens={row_tokens} into pieces of {row_tokens // fsdp} "
+        f"tokens, less than the model's window of {widest}; fsdp can be at most "
+        f"{max(1, row_tokens // widest)}"
+    ]

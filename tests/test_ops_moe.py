@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxtax.ops import moe_blocks, mxfp4
+from jaxtax.ops import moe_plan, mxfp4
 from jaxtax.ops.moe import Experts, experts, route
 
 LIMIT, ALPHA = 1.5, 1.702  # a low limit, so that many values are beyond it
@@ -99,9 +99,26 @@ def test_the_ragged_form_for_tpu_equals_the_dense_form():
     assert_same(value_and_grads(ragged, inputs, chosen), value_and_grads(dense, inputs, chosen))
 
 
+def test_there_are_no_buffers_over_assignments():
+    tokens, dim = 2**20, 64
+    shapes = jax.eval_shape(lambda: random_case(1, dim, 32, 8, per_token=4)[0])
+    inputs = tuple(
+        jax.ShapeDtypeStruct((tokens, *a.shape[1:]) if name in ("x", "weights") else a.shape, a.dtype)
+        for name, a in zip(NAMES, shapes, strict=True)
+    )
+    chosen = jax.ShapeDtypeStruct((tokens, 4), jnp.int32)
+
+    def loss(inputs, chosen):
+        return sparse(inputs, chosen).sum()
+
+    compiled = jax.jit(jax.grad(loss)).lower(inputs, chosen).compile()
+    sums = 4 * tokens * dim
+    assert compiled.memory_analysis().temp_size_in_bytes < 3 * sums  # buffers would take 8 of these
+
+
 @pytest.mark.parametrize("block", [1, 3, 8])
 def test_any_block_size_gives_the_same(block, monkeypatch):
-    monkeypatch.setattr(moe_blocks, "_BLOCK", block)  # several blocks per expert, the last one partly filled
+    monkeypatch.setattr(moe_plan, "_BLOCK", block)  # several blocks per expert, the last one partly filled
     inputs, chosen = random_case(41 + block, 12, 10, 5, per_token=3)  # a shape of its own: compiled anew
     assert_same(value_and_grads(sparse, inputs, chosen), value_and_grads(dense, inputs, chosen))
 

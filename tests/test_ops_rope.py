@@ -4,6 +4,7 @@ import math
 
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from jaxtax.model.config import SIZES, Rope
 from jaxtax.ops.rope import angles, frequencies, rotate, yarn_bounds
@@ -67,3 +68,28 @@ def test_bf16_stays_bf16_and_near():
     narrow = rotate(x_BTNH.astype(jnp.bfloat16), *turn)
     assert narrow.dtype == jnp.bfloat16
     np.testing.assert_allclose(narrow.astype(jnp.float32), rotate(x_BTNH, *turn), atol=0.03)
+
+
+def test_gpt_oss_tables_are_those_of_transformers_at_every_position_of_its_context():
+    torch = pytest.importorskip("torch")
+    from transformers import GptOssConfig
+    from transformers.models.gpt_oss.modeling_gpt_oss import GptOssRotaryEmbedding
+
+    from jaxtax.hf.config import to_hf_config
+
+    fields = to_hf_config(SIZES["gpt-oss-20b"], dtype="bfloat16", experts="mxfp4")
+    theirs = GptOssRotaryEmbedding(GptOssConfig(**{k: v for k, v in fields.items() if k != "architectures"}))
+    positions = np.unique(np.r_[0:131_072:37, 4090:4100, 131_060:131_072])
+    with torch.no_grad():
+        tables = theirs(torch.zeros(1), torch.tensor(positions)[None])
+    found = angles(jnp.asarray(positions)[None], GPT_OSS, 64)
+    inverse_J, concentration = frequencies(GPT_OSS, 64)
+    # Both are float32 angles: they may differ by a few units in the last place of the angle, and no more.
+    allowed = concentration * (positions[:, None] * inverse_J * 2.0**-22 + 2e-6)
+    for ours, other in zip(found, tables, strict=True):
+        difference = np.abs(np.asarray(ours[0], np.float64) - other[0].double().numpy())
+        assert ours.shape[-1] == other.shape[-1] == 32
+        assert (difference <= allowed).all(), (difference / allowed).max()
+    # Without these the test would pass for anything: the slow pairs have to be told apart far out.
+    plain = angles(jnp.asarray(positions)[None], Rope(theta=GPT_OSS.theta), 64)
+    assert (np.abs(np.asarray(plain[0][0]) - tables[0][0].numpy()) > allowed)[:, 20:].any(axis=0).all()

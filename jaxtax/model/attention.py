@@ -1,20 +1,25 @@
 """Attention of one layer: projections, rotary embedding, and the call into ops.attention."""
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from jaxtax.model.cache import LayerCache
 from jaxtax.model.config import ModelConfig
 from jaxtax.model.layers import Linear, constant_param
 from jaxtax.ops.attention import attend
+from jaxtax.ops.attention_parallel import attend_rows
+from jaxtax.ops.attention_rows import ATTENDED
 from jaxtax.ops.rope import rotate
-from jaxtax.sharding import constrain
+from jaxtax.sharding import ROWS, RowAxes, constrain
 
 Array = jax.Array
 AXES = {"D": "embed", "N": "heads", "K": "kv_heads", "H": "head_dim"}
+SAVED_NAMES = ("qkv", ATTENDED)  # what remat "attn" keeps of a layer, besides its input
 
 
 class Attention(nnx.Module):
@@ -46,6 +51,7 @@ class Attention(nnx.Module):
         positions_BT: Array,
         segments_BT: Array,
         cache: LayerCache | None = None,
+        rows: RowAxes = ROWS,
     ) -> tuple[Array, LayerCache]:
         """Mixes tokens of the same segment.
 
@@ -54,26 +60,31 @@ class Attention(nnx.Module):
           rope: cosine and sine, each [B, T, J].
           positions_BT, segments_BT: as in Batch.
           cache: keys and values of earlier tokens; None means that the row itself is all there is.
+          rows: how rows are spread over a mesh; a cache goes with whole rows.
 
         Returns:
           [B, T, D], and the keys and values this layer now knows: those of the row, or the updated cache.
         """
-        q_BTNH = constrain(rotate(self.q(x_BTD), *rope), "batch", None, "heads", None)
-        k_BTKH = constrain(rotate(self.k(x_BTD), *rope), "batch", None, "kv_heads", None)
-        v_BTKH = constrain(self.v(x_BTD), "batch", None, "kv_heads", None)
+        q_BTNH = constrain(rotate(self.q(x_BTD), *rope), *rows, "heads", None)
+        k_BTKH = constrain(rotate(self.k(x_BTD), *rope), *rows, "kv_heads", None)
+        v_BTKH = constrain(self.v(x_BTD), *rows, "kv_heads", None)
+        q_BTNH, k_BTKH, v_BTKH = (checkpoint_name(x, SAVED_NAMES[0]) for x in (q_BTNH, k_BTKH, v_BTKH))
         known = LayerCache(k_BTKH, v_BTKH, positions_BT, segments_BT)
-        if cache is not None:
+        sinks_N = None if self.sinks is None else self.sinks[...]
+        more: dict[str, Any] = {"window": self.window, "scale": self.scale, "sinks_N": sinks_N}
+        if cache is None:
+            more |= {"positions_BT": positions_BT, "segments_BT": segments_BT, "rows": rows}
+            mixed_BTNH = attend_rows(q_BTNH, k_BTKH, v_BTKH, **more)
+        else:
             known = cache.write(known)
-        mixed_BTNH = attend(
-            q_BTNH,
-            known.k_BSKH,
-            known.v_BSKH,
-            q_positions_BT=positions_BT,
-            k_positions_BS=known.positions_BS,
-            q_segments_BT=segments_BT,
-            k_segments_BS=known.segments_BS,
-            window=self.window,
-            sinks_N=None if self.sinks is None else self.sinks[...],
-            scale=self.scale,
-        )
-        return self.o(mixed_BTNH), known
+            mixed_BTNH = attend(
+                q_BTNH,
+                known.k_BSKH,
+                known.v_BSKH,
+                q_positions_BT=positions_BT,
+                k_positions_BS=known.positions_BS,
+                q_segments_BT=segments_BT,
+                k_segments_BS=known.segments_BS,
+                **more,
+            )
+        return self.o(checkpoint_name(mixed_BTNH, SAVED_NAMES[1])), known

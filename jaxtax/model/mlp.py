@@ -10,12 +10,22 @@ from flax import nnx
 from jaxtax.model.config import ModelConfig
 from jaxtax.model.layers import Linear, constant_param, normal_param
 from jaxtax.ops import mxfp4
-from jaxtax.ops.moe import Experts, experts, route
+from jaxtax.ops.moe import experts, route
+from jaxtax.ops.moe_parallel import experts_on_mesh
+from jaxtax.ops.moe_weights import (
+    BLOCKS_AXES,
+    DOWN_AXES,
+    DOWN_BIAS_AXES,
+    SCALES_AXES,
+    UP_AXES,
+    UP_BIAS_AXES,
+    Experts,
+)
 from jaxtax.ops.mxfp4 import FourBit
+from jaxtax.sharding import ROWS, RowAxes, constrain
 
 Array = jax.Array
 AXES = {"D": "embed", "F": "mlp", "E": "experts"}
-UP_AXES, DOWN_AXES = ("experts", "embed", "mlp"), ("experts", "mlp", "embed")
 ExpertsForm = Literal["plain", "mxfp4"]
 
 
@@ -29,7 +39,7 @@ class GatedMlp(nnx.Module):
         self.up = Linear("BTD,DF->BTF", sizes, AXES, bias=False, rngs=rngs, dtype=dtype)
         self.down = Linear("BTF,FD->BTD", sizes, AXES, bias=False, rngs=rngs, dtype=dtype, gain=gain)
 
-    def __call__(self, x_BTD: Array) -> Array:
+    def __call__(self, x_BTD: Array, rows: RowAxes = ROWS) -> Array:
         """[B, T, D] to [B, T, D]."""
         return self.down(jax.nn.silu(self.gate(x_BTD)) * self.up(x_BTD))
 
@@ -41,9 +51,8 @@ class FourBitMatrices(nnx.Module):
     """
 
     def __init__(self, packed: FourBit):
-        # Split along the output axis alone: blocks of 32 rarely divide by a mesh axis (2880 / 32 is 90).
-        self.blocks = nnx.Variable(packed.blocks, axes=("experts", "packed_out", "packed_in", "packed_in"))
-        self.scales = nnx.Variable(packed.scales, axes=("experts", "packed_out", "packed_in"))
+        self.blocks = nnx.Variable(packed.blocks, axes=BLOCKS_AXES)
+        self.scales = nnx.Variable(packed.scales, axes=SCALES_AXES)
 
     @property
     def packed(self) -> FourBit:
@@ -69,20 +78,49 @@ class MoeMlp(nnx.Module):
 
         self.router = Linear("BTD,DE->BTE", {"D": dim, "E": num}, AXES, bias=True, rngs=rngs, dtype=dtype)
         self.up = matrices((num, dim, 2 * mlp), UP_AXES, 1 / math.sqrt(dim))
-        self.up_bias = constant_param((num, 2 * mlp), ("experts", "mlp"), value=0.0, dtype=dtype)
+        self.up_bias = constant_param((num, 2 * mlp), UP_BIAS_AXES, value=0.0, dtype=dtype)
         self.down = matrices((num, mlp, dim), DOWN_AXES, gain / math.sqrt(mlp))
-        self.down_bias = constant_param((num, dim), ("experts", "embed"), value=0.0, dtype=dtype)
+        self.down_bias = constant_param((num, dim), DOWN_BIAS_AXES, value=0.0, dtype=dtype)
         self.settings = cfg.moe
+        self.first: int | None = None  # number of this layer's first expert, see `one_layer`
 
-    def __call__(self, x_BTD: Array) -> Array:
+    def __call__(self, x_BTD: Array, rows: RowAxes = ROWS) -> Array:
         """[B, T, D] to [B, T, D]. Routing is decided in float32: ties in bf16 logits swap experts."""
-        logits_BTE = self.router(x_BTD.astype(jnp.float32))
-        x_RD = x_BTD.reshape(-1, x_BTD.shape[-1])
+        logits_BTE = constrain(self.router(x_BTD.astype(jnp.float32)), *rows, None)
+        w = Experts(_arrays(self.up), self.up_bias[...], _arrays(self.down), self.down_bias[...])
+        if self.first is not None:
+            return self._one_of_many(x_BTD, logits_BTE, w)
+        return experts_on_mesh(
+            x_BTD,
+            logits_BTE,
+            w,
+            experts_per_token=self.settings.experts_per_token,
+            limit=self.settings.swiglu_limit,
+            alpha=self.settings.swiglu_alpha,
+            rows=rows,
+        )
+
+    def _one_of_many(self, x_BTD: Array, logits_BTE: Array, w: Experts) -> Array:
+        """The same where `w` holds the experts of all layers of a stack."""
         logits_RE = logits_BTE.reshape(-1, logits_BTE.shape[-1])
         weights_RA, experts_RA = route(logits_RE, self.settings.experts_per_token)
-        w = Experts(_arrays(self.up), self.up_bias[...], _arrays(self.down), self.down_bias[...])
+        experts_RA = experts_RA + (self.first or 0)
+        x_RD = x_BTD.reshape(-1, x_BTD.shape[-1])
         limit, alpha = self.settings.swiglu_limit, self.settings.swiglu_alpha
         return experts(x_RD, weights_RA, experts_RA, w, limit=limit, alpha=alpha).reshape(x_BTD.shape)
+
+
+def one_layer(stack: MoeMlp, slot: int) -> MoeMlp:
+    """A layer of a stack whose experts are not copied out of it: they are numbered through all layers.
+
+    Only where one expert is taken at a time (not on a TPU, see ops/moe.py) and on one device.
+    """
+    made = jax.tree.map(lambda leaf: leaf[slot], stack)
+    for name in ("up", "up_bias", "down", "down_bias"):
+        whole = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), getattr(stack, name))
+        setattr(made, name, whole)
+    made.first = slot * stack.settings.num_experts
+    return made
 
 
 def check_four_bit(cfg: ModelConfig) -> None:

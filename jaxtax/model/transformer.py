@@ -15,16 +15,16 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxtax.model.attention import Attention
+from jaxtax.model.attention import SAVED_NAMES, Attention
 from jaxtax.model.cache import KvCache, LayerCache
 from jaxtax.model.config import ModelConfig
 from jaxtax.model.layers import RmsNorm, normal_param
-from jaxtax.model.mlp import ExpertsForm, GatedMlp, MoeMlp, check_four_bit
+from jaxtax.model.mlp import ExpertsForm, GatedMlp, MoeMlp, check_four_bit, one_layer
 from jaxtax.ops.rope import angles
-from jaxtax.sharding import constrain, shardings
+from jaxtax.sharding import ROWS, RowAxes, constrain, mesh_platform, mesh_sizes, shardings
 
 Array = jax.Array
-Remat = Literal["none", "full"]
+Remat = Literal["none", "attn", "full"]
 
 # Stacks up to this depth are written out layer by layer: a loop copies each layer's weights and what the
 # backward direction needs. A training step of 2 layers per stack took 5 to 10 % less on two AVX2 cores, and
@@ -64,11 +64,13 @@ class Block(nnx.Module):
         positions_BT: Array,
         segments_BT: Array,
         cache: LayerCache | None = None,
+        rows: RowAxes = ROWS,
     ) -> tuple[Array, LayerCache]:
         """The residual stream after this layer, and the keys and values it knows."""
-        mixed_BTD, known = self.attention(self.attention_norm(x_BTD), rope, positions_BT, segments_BT, cache)
-        x_BTD = constrain(x_BTD + mixed_BTD, "batch", None, None)
-        x_BTD = constrain(x_BTD + self.mlp(self.mlp_norm(x_BTD)), "batch", None, None)
+        places = positions_BT, segments_BT
+        mixed_BTD, known = self.attention(self.attention_norm(x_BTD), rope, *places, cache, rows)
+        x_BTD = constrain(x_BTD + mixed_BTD, *rows, None)
+        x_BTD = constrain(x_BTD + self.mlp(self.mlp_norm(x_BTD), rows), *rows, None)
         return x_BTD, known
 
 
@@ -124,6 +126,7 @@ class Transformer(nnx.Module):
         *,
         dtype: Any = jnp.float32,
         remat: Remat = "none",
+        rows: RowAxes = ROWS,
     ) -> Array:
         """Hidden states after the last norm, [B, T, D] in `dtype`.
 
@@ -131,15 +134,18 @@ class Transformer(nnx.Module):
           tokens_BT: int32 ids.
           positions_BT, segments_BT: as in Batch; tokens see only their own segment.
           dtype: compute dtype.
-          remat: "full" keeps only each layer's input for the backward pass and computes the rest again.
+          remat: "full" keeps only each layer's input for the backward pass and computes the rest again;
+            "attn" also keeps queries, keys, values and what attention made of them.
+          rows: how rows are spread over the mesh in force: whole, or cut along time (see sharding.py).
         """
-        x_BTD, rope = self._start(tokens_BT, positions_BT, dtype)
+        x_BTD, rope = self._start(tokens_BT, positions_BT, dtype, rows)
 
         def layer(block: Block, x_BTD: Array) -> Array:
-            return block(x_BTD, rope, positions_BT, segments_BT)[0]
+            return block(x_BTD, rope, positions_BT, segments_BT, rows=rows)[0]
 
-        if remat == "full":
-            layer = jax.checkpoint(layer, prevent_cse=False)
+        if remat != "none":
+            policy = jax.checkpoint_policies.save_only_these_names(*SAVED_NAMES) if remat == "attn" else None
+            layer = jax.checkpoint(layer, prevent_cse=False, policy=policy)
 
         def group(x_BTD: Array, blocks: tuple[Block, ...]) -> tuple[Array, None]:
             for block in blocks:
@@ -219,13 +225,18 @@ class Transformer(nnx.Module):
     def layers(self) -> list[Block]:
         """The blocks one by one in the order they run; take them apart once, before a decode loop.
 
-        Inside a scan every step would slice, that is copy, each layer's weights.
+        Inside a scan every step would slice, that is copy, each layer's weights. Experts, nearly all of a
+        large model, are not copied where they are used one by one: on one device that is no TPU.
         """
-        return [
-            jax.tree.map(lambda leaf, slot=slot: leaf[slot], stack)
-            for slot in range(self.cfg.depth)
-            for stack in self.stacks
-        ]
+        in_place = mesh_sizes() is None and mesh_platform() != "tpu"
+
+        def layer(stack: Block, slot: int) -> Block:
+            block = jax.tree.map(lambda leaf: leaf[slot], stack)
+            if in_place and isinstance(stack.mlp, MoeMlp):
+                block.mlp = one_layer(stack.mlp, slot)
+            return block
+
+        return [layer(stack, slot) for slot in range(self.cfg.depth) for stack in self.stacks]
 
     def decode(
         self,
@@ -245,12 +256,14 @@ class Transformer(nnx.Module):
             grown.append(known)
         return self.norm(x_BTD), tuple(grown)
 
-    def _start(self, tokens_BT: Array, positions_BT: Array, dtype: Any) -> tuple[Array, tuple[Array, Array]]:
+    def _start(
+        self, tokens_BT: Array, positions_BT: Array, dtype: Any, rows: RowAxes = ROWS
+    ) -> tuple[Array, tuple[Array, Array]]:
         # Gathered along D before the lookup: left split, XLA would gather the looked-up rows of all devices.
         embed_VD = constrain(self.embed[...], "vocab", None)
         x_BTD = embed_VD[tokens_BT].astype(dtype)
         rope = angles(positions_BT, self.cfg.rope, self.cfg.head_dim)
-        return constrain(x_BTD, "batch", None, None), rope
+        return constrain(x_BTD, *rows, None), rope
 
 
 def new_model(

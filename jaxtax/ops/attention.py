@@ -2,40 +2,31 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
+from jaxtax.ops.attention_long import attend_long
+from jaxtax.ops.attention_rows import FLOOR, MASKED, Keys, Queries, visible
+
 Implementation = Literal["auto", "dense", "banded"]
 
-# Hidden logits become _MASKED and the softmax's shift stays above _FLOOR, so exp(_MASKED - shift) is exactly
-# 0 even in a row that sees no key: no infinity, hence no NaN, in either direction.
-_MASKED = -1e30
-_FLOOR = -1e20
-
-# Self-attention is cut into at most _CHUNKS pieces of at least _CHUNK_TOKENS queries; a piece needs no key
-# after its own end. Measured on two AVX2 cores, forward and backward, float32: [B, T, N, K, H] =
-# [2, 1024, 8, 2, 64] takes 2.1 times less than uncut, [16, 128, 4, 2, 24] 1.4 times; 16 pieces gain 7 % more.
+# Self-attention of short rows is cut into at most _CHUNKS pieces of at least _CHUNK_TOKENS queries; a piece
+# needs no key after its own end. Measured on two AVX2 cores, forward and backward, float32: [B, T, N, K, H] =
+# [16, 128, 4, 2, 24] takes 1.4 times less than uncut.
 _CHUNKS = 8
 _CHUNK_TOKENS = 64
+# Rows from here on go through attention_long, whose memory grows with T. Measured as above, in CPU seconds,
+# short form and long: [4, 256, 8, 2, 64] 0.027 and 0.036, [4, 512, ..] 0.17 and 0.13, [2, 1024, ..] 0.25 and
+# 0.22, [1, 2048, ..] 0.55 and 0.44, [1, 4096, ..] 2.7 and 1.6 (packed with 8 segments 2.5 and 0.4).
+_LONG = 512
+# Queries in bands that are computed at a time.
+_BAND_TOKENS = 4096
 
 
-class _Queries(NamedTuple):
-    q_BTNH: Array
-    positions_BT: Array
-    segments_BT: Array
-
-
-class _Keys(NamedTuple):
-    k_BSKH: Array
-    v_BSKH: Array
-    positions_BS: Array
-    segments_BS: Array
-
-
-_Softmax = Callable[[_Queries, _Keys], Array]
+_Softmax = Callable[[Queries, Keys], Array]
 
 
 def attend(
@@ -63,8 +54,7 @@ def attend(
 
     Args:
       q_BTNH: queries; k_BSKH, v_BSKH: keys and values, N a multiple of K.
-      q_positions_BT, k_positions_BS: int, restarting with each segment.
-      q_segments_BT, k_segments_BS: int, 0 for nothing.
+      q_positions_BT, ..: int, restarting with each segment; q_segments_BT, ..: int, 0 for nothing.
       window: how many keys a query sees at most; None: all.
       sinks_N: one logit per head that joins each softmax without a value (gpt-oss); `scale` spares it.
       scale: factor of the logits.
@@ -80,12 +70,14 @@ def attend(
     key_time, num_kv = k_BSKH.shape[1:3]
     if num_heads % num_kv:
         raise ValueError(f"{num_kv} kv heads do not divide {num_heads} query heads")
-    queries = _Queries(q_BTNH, q_positions_BT, q_segments_BT)
-    keys = _Keys(k_BSKH, v_BSKH, k_positions_BS, k_segments_BS)
+    queries = Queries(q_BTNH, q_positions_BT, q_segments_BT)
+    keys = Keys(k_BSKH, v_BSKH, k_positions_BS, k_segments_BS)
     softmax = partial(_softmax, sinks_N=sinks_N, window=window, scale=scale)
     if _is_banded(implementation, query_time, key_time, window):
         assert window is not None
         return _in_bands(softmax, queries, keys, window)
+    if query_time == key_time >= _LONG and window is None:
+        return attend_long(queries, keys, sinks_N, scale=scale)
     return _in_causal_chunks(softmax, queries, keys) if query_time == key_time else softmax(queries, keys)
 
 
@@ -104,7 +96,7 @@ def _is_banded(implementation: Implementation, query_time: int, key_time: int, w
 
 
 def _softmax(
-    queries: _Queries, keys: _Keys, *, sinks_N: Array | None, window: int | None, scale: float
+    queries: Queries, keys: Keys, *, sinks_N: Array | None, window: int | None, scale: float
 ) -> Array:
     """out_BTNH in q's dtype, the sink being one more term of the softmax's sum.
 
@@ -117,11 +109,11 @@ def _softmax(
     num_kv = k_BSKH.shape[2]
     q_BTKGH = q_BTNH.reshape(batch, query_time, num_kv, num_heads // num_kv, head_dim)
     logits_BKTGS = jnp.einsum("BTKGH,BSKH->BKTGS", q_BTKGH, k_BSKH, preferred_element_type=jnp.float32)
-    visible_BTS = _visible(queries, keys, window)
-    logits_BKTGS = jnp.where(visible_BTS[:, None, :, None], logits_BKTGS * scale, _MASKED)
+    visible_BTS = visible(queries, keys, window)
+    logits_BKTGS = jnp.where(visible_BTS[:, None, :, None], logits_BKTGS * scale, MASKED)
 
     # The shift cancels, so its gradient is zero.
-    shift_BKTG = jnp.maximum(jax.lax.stop_gradient(logits_BKTGS).max(axis=-1), _FLOOR)
+    shift_BKTG = jnp.maximum(jax.lax.stop_gradient(logits_BKTGS).max(axis=-1), FLOOR)
     if sinks_N is None:
         weights_BKTGS = jnp.exp(logits_BKTGS - shift_BKTG[..., None])
         total_BKTG = weights_BKTGS.sum(axis=-1)
@@ -139,16 +131,7 @@ def _softmax(
     return (out_BTKGH / total_BTKG[..., None]).reshape(q_BTNH.shape).astype(q_BTNH.dtype)
 
 
-def _visible(queries: _Queries, keys: _Keys, window: int | None) -> Array:
-    """visible_BTS, bool: which keys each query sees."""
-    age_BTS = queries.positions_BT[:, :, None] - keys.positions_BS[:, None, :]
-    visible_BTS = queries.segments_BT[:, :, None] == keys.segments_BS[:, None, :]
-    visible_BTS &= (keys.segments_BS != 0)[:, None, :]
-    visible_BTS &= age_BTS >= 0
-    return visible_BTS if window is None else visible_BTS & (age_BTS < window)
-
-
-def _in_causal_chunks(softmax: _Softmax, queries: _Queries, keys: _Keys) -> Array:
+def _in_causal_chunks(softmax: _Softmax, queries: Queries, keys: Keys) -> Array:
     """Self-attention in static chunks of queries, each with the keys up to its own end."""
     time = queries.q_BTNH.shape[1]
     chunk = max(_CHUNK_TOKENS, -(-time // _CHUNKS))
@@ -162,7 +145,7 @@ def _in_causal_chunks(softmax: _Softmax, queries: _Queries, keys: _Keys) -> Arra
     return jnp.concatenate(outs, axis=1)
 
 
-def _in_bands(softmax: _Softmax, queries: _Queries, keys: _Keys, window: int) -> Array:
+def _in_bands(softmax: _Softmax, queries: Queries, keys: Keys, window: int) -> Array:
     """Self-attention in blocks of `window` queries, each with the keys of its own and the previous block."""
     batch, time = queries.q_BTNH.shape[:2]
     num_blocks = -(-time // window)
@@ -177,5 +160,25 @@ def _in_bands(softmax: _Softmax, queries: _Queries, keys: _Keys, window: int) ->
 
     own = jax.tree.map(blocks, queries)
     seen = jax.tree.map(lambda a: with_previous(blocks(a)), keys)
-    out_BXWNH = jax.vmap(softmax, in_axes=1, out_axes=1)(own, seen)
+    at_once = max(1, _BAND_TOKENS // window)
+    if num_blocks <= at_once:
+        out_BXWNH = jax.vmap(softmax, in_axes=1, out_axes=1)(own, seen)
+    else:
+        out_BXWNH = _in_groups(softmax, own, seen, at_once)
     return out_BXWNH.reshape(batch, num_blocks * window, *out_BXWNH.shape[3:])[:, :time]
+
+
+def _in_groups(softmax: _Softmax, own: Queries, seen: Keys, at_once: int) -> Array:
+    """out_BXWNH of blocks [B, X, ...], a group at a time, whose logits are computed again when needed."""
+    num_blocks = own.q_BTNH.shape[1]
+
+    def grouped(a: Array) -> Array:
+        a = jnp.pad(a, [(0, 0), (0, -num_blocks % at_once)] + [(0, 0)] * (a.ndim - 2))
+        return jnp.moveaxis(a.reshape(a.shape[0], -1, at_once, *a.shape[2:]), 1, 0)
+
+    @jax.checkpoint
+    def one(group: tuple[Queries, Keys]) -> Array:
+        return jax.vmap(softmax, in_axes=1, out_axes=1)(*group)
+
+    out = jnp.moveaxis(jax.lax.map(one, jax.tree.map(grouped, (own, seen))), 0, 1)
+    return out.reshape(out.shape[0], -1, *out.shape[3:])[:, :num_blocks]

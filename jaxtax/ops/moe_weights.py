@@ -1,11 +1,20 @@
 """The weights of a layer's experts, in floating point or in 4 bits."""
 
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import jax
 from jax import Array
 
 from jaxtax.ops import mxfp4
 from jaxtax.ops.mxfp4 import FourBit
+
+# Logical axes (see sharding.py) of the matrices, the biases, and of matrices in 4 bits, which are split along
+# their output axis alone: blocks of 32 inputs rarely divide by a mesh axis (2880 / 32 is 90).
+UP_AXES, UP_BIAS_AXES = ("experts", "embed", "mlp"), ("experts", "mlp")
+DOWN_AXES, DOWN_BIAS_AXES = ("experts", "mlp", "embed"), ("experts", "embed")
+BLOCKS_AXES = ("experts", "packed_out", "packed_in", "packed_in")
+SCALES_AXES = ("experts", "packed_out", "packed_in")
 
 
 class Experts(NamedTuple):
@@ -22,6 +31,26 @@ class Experts(NamedTuple):
     up_bias_EU: Array
     down: Array | FourBit
     down_bias_ED: Array
+
+
+@jax.tree_util.register_static
+@dataclass(frozen=True)
+class Asked:
+    """Which weights need a gradient: not the frozen ones, and so never those in 4 bits."""
+
+    up: bool
+    up_bias: bool
+    down: bool
+    down_bias: bool
+
+
+def asked_weights(arguments: tuple) -> tuple[Asked, tuple]:
+    """Which weights need a gradient, and the values, of what a custom_vjp with symbolic zeros is given.
+
+    The last argument is Experts; leaves are CustomVJPPrimal, which say whether a gradient flows to them.
+    """
+    asked = Asked(*(any(leaf.perturbed for leaf in jax.tree.leaves(part)) for part in arguments[-1]))
+    return asked, jax.tree.map(lambda leaf: leaf.value, arguments)
 
 
 def take(matrices: Array | FourBit, expert: Array, dtype: Any) -> Array:

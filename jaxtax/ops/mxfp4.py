@@ -67,10 +67,11 @@ def decode(blocks: Array, scales: Array, dtype: Any = jnp.float32) -> Array:
 def encode(values: Array) -> tuple[Array, Array]:
     """(blocks [..., X, 16], scales [..., X]) of float `values` [..., X * 32], both uint8.
 
-    The rule is that of triton_kernels' `downcast_to_mxfp`, with which gpt-oss is served: values are rounded
-    to bfloat16; the scale is a sixth of the block's largest magnitude, rounded up to a power of two and at
-    least 2^-126; elements go to the nearest, halves away from zero; zeros keep their sign, and a block of
-    zeros has s = 0. Under jit nothing can be raised: a block with a NaN or an infinity gets s = 255.
+    The rule is that of triton_kernels' `downcast_to_mxfp` (numerics_details/mxfp.py of triton-lang/triton at
+    7146a7205; at 018a674f6 halves go to even instead): values are rounded to bfloat16; the scale is a sixth
+    of the block's largest magnitude, rounded up to a power of two and at least 2^-126; elements go to the
+    nearest, halves away from zero; zeros keep their sign, and a block of zeros has s = 0. Under jit nothing
+    can be raised: a block with a NaN or an infinity gets s = 255.
 
     Raises:
       ValueError: the last axis is not made of whole blocks.
