@@ -8,18 +8,14 @@ import re
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
+
+from jaxtax.config_blocks import BadSteps, Hosts, Mesh, Optimizer, Precision, Strict
 
 # What has to be there before a run starts; config_file.py looks when it reads a config.
 InputFile = Annotated[Path, "file"]
 ModelDirectory = Annotated[Path, "model directory"]
 TokenizerDirectory = Annotated[Path, "tokenizer directory"]
-
-
-class Strict(BaseModel):
-    """A block of a config: unknown keys are faults, values do not change after reading."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class ModelChoice(Strict):
@@ -53,7 +49,7 @@ class Source(Strict):
 
     name: str
     files: tuple[InputFile, ...] = ()
-    columns: dict[str, str] = {}
+    columns: dict[str, str] = Field(default_factory=dict)
     skip: int = Field(default=0, ge=0)
     take: int | None = Field(default=None, ge=1)
 
@@ -67,39 +63,13 @@ class Data(Strict):
     too_long: Literal["drop", "truncate", "error"] = "error"
 
 
-class Optimizer(Strict):
-    """AdamW and its schedule; `warmup_fraction` and `final_fraction` are of the steps and of the peak."""
-
-    learning_rate: float = Field(gt=0)
-    schedule: Literal["cosine", "constant"] = "cosine"
-    warmup_fraction: float = Field(default=0.0, ge=0, le=1)
-    final_fraction: float = Field(default=0.0, ge=0, le=1)
-    weight_decay: float = Field(default=0.0, ge=0)
-    decay_all: bool = False
-    beta1: float = Field(default=0.9, ge=0, lt=1)
-    beta2: float = Field(default=0.95, ge=0, lt=1)
-    eps: float = Field(default=1e-8, gt=0)
-    clip_norm: float | None = Field(default=1.0, gt=0)
-
-
-class Precision(Strict):
-    """Dtype of the stored weights and moments, and of the computation."""
-
-    params: Literal["float32", "bfloat16"] = "float32"
-    compute: Literal["float32", "bfloat16"] = "float32"
-
-
-class Mesh(Strict):
-    """Devices along each mesh axis; a size of 1 switches an axis off."""
-
-    data: int = Field(default=1, ge=1)
-    fsdp: int = Field(default=1, ge=1)
-    expert: int = Field(default=1, ge=1)
-    tensor: int = Field(default=1, ge=1)
-
-
 class Stage(Strict):
-    """How one training run learns; the model and the directories come from outside."""
+    """How one training run learns; the model and the directories come from outside.
+
+    A save that fails is made up for by the next; after `most_failed_saves` in a row the run stops.
+    `compare_replicas_every_steps`: whether copies of the same numbers are equal on all devices is checked
+    every so many steps and before every save; null: never.
+    """
 
     data: Data
     epochs: int = Field(ge=1)
@@ -110,10 +80,13 @@ class Stage(Strict):
     freeze: tuple[Literal["router", "embed", "unembed", "norms", "sinks", "experts"], ...] = ("router",)
     loss_by: Literal["tokens", "sequence"] = "tokens"
     loss_chunk: int = Field(default=2048, ge=1)
-    remat: Literal["none", "full"] = "none"
+    remat: Literal["none", "attn", "full"] = "none"
     keep_epochs: bool = False
     save_every_steps: int | None = Field(default=None, ge=1)
     keep_saves: int = Field(default=2, ge=1)
+    most_failed_saves: int = Field(default=3, ge=1)
+    compare_replicas_every_steps: int | None = Field(default=None, ge=1)
+    bad_steps: BadSteps = BadSteps()
     log_every_steps: int = Field(default=10, ge=1)
 
     @model_validator(mode="after")
@@ -121,6 +94,19 @@ class Stage(Strict):
         if self.batch_rows % self.micro_batches:
             raise ValueError(
                 f"micro_batches={self.micro_batches} does not divide batch_rows={self.batch_rows}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _second_moment_can_follow(self) -> Self:
+        # In 8 bits a mean of squares moves only when a square differs from it by 1 / (256 (1 - beta2)).
+        stored = self.optimizer.moments or self.precision.params
+        whole = self.optimizer.second_moment == "full" and self.precision.rounding == "nearest"
+        if stored == "bfloat16" and whole and self.optimizer.beta2 > 0.99:
+            raise ValueError(
+                f"a second moment in bfloat16, rounded to the nearest, cannot follow with beta2="
+                f"{self.optimizer.beta2}; give precision.rounding: stochastic, optimizer.second_moment: "
+                "factored, optimizer.moments: float32, or a beta2 of at most 0.99"
             )
         return self
 
@@ -148,6 +134,7 @@ class TrainConfig(Stage):
     system: SystemMessage | None = None
     seed: int = Field(default=0, ge=0, lt=2**32)
     mesh: Mesh = Mesh()
+    hosts: Hosts = Hosts()
 
 
 class Task(Strict):
@@ -155,7 +142,7 @@ class Task(Strict):
 
     name: str
     files: tuple[InputFile, ...] = ()
-    columns: dict[str, str] = {}
+    columns: dict[str, str] = Field(default_factory=dict)
     skip: int = Field(default=0, ge=0)
     take: int | None = Field(default=None, ge=1)
 
@@ -189,11 +176,14 @@ class Ask(Strict):
 
 
 class Evaluation(Strict):
-    """What is measured, whichever model it is measured on."""
+    """What is measured, whichever model it is measured on.
+
+    `compute` null: the dtype of the model's weights, so that a model is measured as it will be used.
+    """
 
     tasks: tuple[Task, ...] = Field(min_length=1)
     sampling: Sampling = Sampling()
-    compute: Literal["float32", "bfloat16"] = "float32"
+    compute: Literal["float32", "bfloat16", "float16"] | None = None
 
 
 class EvalConfig(Evaluation):

@@ -130,13 +130,6 @@ def dotted(key: Key) -> str:
     return ".".join(map(str, key))
 
 
-def nearest(name: str, known: list[str]) -> str:
-    """A question when one of the `known` names is like `name`, and all of them."""
-    close = difflib.get_close_matches(name, known, n=1)
-    question = f"did you mean {close[0]}? " if close else ""
-    return f"{question}known: {', '.join(known)}"
-
-
 def _nearest(schema: type[BaseModel], key: Key) -> str:
     block = _without_null(_hint_at(schema, key[:-1]))
     known = list(block.model_fields)

@@ -72,7 +72,7 @@ def whole_run(tmp_path_factory, tokenizer_dir):
 def test_a_run_leaves_the_directory_that_its_contract_says(whole_run):
     out = whole_run.out
     assert sorted(path.name for path in out.iterdir()) == [
-        "config.yaml", "data.json", "epochs", "metrics.jsonl", "model", "origin.json",
+        "config.yaml", "data.json", "epochs", "ledger.jsonl", "metrics.jsonl", "model", "origin.json",
     ]  # fmt: skip
     assert read_origin(out, "run")["kind"] == "run"
     facts = json.loads((out / "data.json").read_text())

@@ -12,6 +12,7 @@ from jaxtax.config import Optimizer
 from jaxtax.data.batch import Batch
 from jaxtax.model.transformer import Transformer
 from jaxtax.sharding import batch_sharding, make_mesh, shardings
+from jaxtax.train.moments import Form
 from jaxtax.train.optimizer import recipe
 from jaxtax.train.step import Settings, initial_state, join, split, train_step, train_step_on
 
@@ -52,7 +53,8 @@ def run(model, batches, step=train_step, freeze=(), mesh=None, **settings):
         params = jax.device_put(params, shardings(params, mesh))
         frozen = jax.device_put(frozen, shardings(frozen, mesh))
         batches = [jax.device_put(batch, batch_sharding(mesh)) for batch in batches]
-    state = initial_state(params, mesh)
+    form = settings.get("form", Form())
+    state = initial_state(params, mesh, form)
     if mesh is not None:
         step = train_step_on(mesh, state)
     history = []

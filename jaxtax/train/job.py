@@ -94,7 +94,8 @@ def check_job(cfg: TrainConfig) -> Job:
         rows = cfg.batch_rows // cfg.micro_batches
         four_bit = cfg.model.path is not None and read_description(cfg.model.path).experts == "mxfp4"
         sizes = cfg.mesh.model_dump()
-        _try(lambda: check_mesh(model_cfg, sizes, rows, four_bit_experts=four_bit), faults)
+        tokens = cfg.data.row_tokens
+        _try(lambda: check_mesh(model_cfg, sizes, rows, row_tokens=tokens, four_bit_experts=four_bit), faults)
     mesh = _try(lambda: make_mesh(cfg.mesh.model_dump()), faults)
     if faults or model_cfg is None or batches is None or mesh is None or spoken is None:
         raise ValueError("\n".join(dict.fromkeys(faults)))
@@ -155,6 +156,11 @@ def _batches(cfg: TrainConfig, fmt: ChatFormat) -> Batches:
 def _misfits(cfg: TrainConfig, model_cfg: ModelConfig, tokenizer: Tokenizer) -> list[str]:
     """What of the config contradicts the model."""
     faults = []
+    if model_cfg.num_labels is not None:
+        faults.append(
+            f"{cfg.model.path} scores {model_cfg.num_labels} labels and is no language model; training needs "
+            "one that tells the next token"
+        )
     if tokenizer.vocab_size > model_cfg.vocab_size:
         faults.append(
             f"the tokenizer of {cfg.model.path} has {tokenizer.vocab_size} tokens, more than the "

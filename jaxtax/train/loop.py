@@ -2,7 +2,8 @@
 
     OUT/config.yaml     what was asked for, defaults included
         data.json       counts and fingerprint of the data, steps, the model that the run started from
-        metrics.jsonl   a line per logged step
+        metrics.jsonl   a line per logged step, and for each that was skipped
+        ledger.jsonl    where the time went (goodput.py)
         state/STEP/     what an interrupted run goes on from; a finished run keeps its model and drops these
         epochs/K/       the model after epoch K, if asked for
         model/          the model at the end
@@ -12,10 +13,12 @@ A batch is a function of its step, and nothing else in training is random: a run
 with the weights and losses, bit for bit, of one that was not (on the same machine and mesh).
 """
 
-import time
+import contextlib
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,78 +28,136 @@ from jax.sharding import PartitionSpec as P
 
 from jaxtax.artifact import ORIGIN, digest_run, write_origin
 from jaxtax.checkpoint import Run, load_model, save_model
+from jaxtax.checkpoint.together import everyone
 from jaxtax.config import TrainConfig
-from jaxtax.data.batch import Batch
+from jaxtax.data.place import place_batch
+from jaxtax.goodput import Ledger
+from jaxtax.hosts.leave import stop_signal, stop_wanted
+from jaxtax.hosts.process import is_first_process
+from jaxtax.hosts.watchdog import Watchdog
 from jaxtax.model.four_bit import plain_experts
 from jaxtax.model.transformer import Transformer, new_model
 from jaxtax.progress import Progress, quiet
-from jaxtax.sharding import batch_sharding
+from jaxtax.train.guard import Guard
 from jaxtax.train.job import Job, check_job, start_digest
-from jaxtax.train.optimizer import recipe
+from jaxtax.train.leaving import StoppedError
+from jaxtax.train.optimizer import form, recipe
+from jaxtax.train.ownership import Owner, owned
+from jaxtax.train.pace import Pace
 from jaxtax.train.record import MetricsFile, check_directory, check_same, start_record
+from jaxtax.train.replicas import compare_replicas
+from jaxtax.train.reports import Reports
+from jaxtax.train.saves import Saves
 from jaxtax.train.step import Settings, initial_state, join, split, train_step_on
 
+_SECONDS = 600.0  # for the slowest process to have started
 _BATCHES_AHEAD = 2
 
 
-def train(cfg: TrainConfig, *, progress: Progress | None = None) -> Path:
+def train(cfg: TrainConfig, *, progress: Progress | None = None, began: float | None = None) -> Path:
     """Trains as `cfg` says and returns the model directory, OUT/model.
 
-    A finished run returns at once; an interrupted one goes on.
+    A finished run returns at once; an interrupted one goes on. All processes of a run call this.
+
+    Args:
+      began: when the work for this run began, as time.time() tells, for the ledger; None: now.
 
     Raises:
-      ValueError: the config cannot be run as it stands (all faults at once), or OUT holds something else;
-        nothing was computed.
-      FloatingPointError: a loss or gradient was not finite; names the step and its conversations.
+      ValueError: the config cannot be run as it stands (all faults at once), or OUT holds something else or
+        belongs to a run that is still at work; nothing was computed.
+      FloatingPointError: a step was not finite, or too many were bad; names the step and its conversations.
+      DamagedError: no saved state is intact, or copies of the same numbers differ between devices.
+      FailedError: saving failed, too often or at the end.
+      StoppedError: the process was asked to leave (SIGTERM); the state is saved.
     """
     progress = progress or quiet("train")
+    ledger = Ledger(began=began)
     check_directory(cfg)
     model_dir = cfg.out / "model"
-    if model_dir.exists():
-        if cfg.model.path is not None and cfg.model.path.exists():
-            check_same(cfg.out, {"start_digest": start_digest(cfg)})
-    else:
-        job = check_job(cfg)
-        check_same(cfg.out, job.facts)
-        start_record(cfg, job.facts)
-        progress.say(f"{cfg.out}: {job.summary}")
-        _Training(job, progress).run(model_dir)
-    Run(cfg.out).clear()
-    if not (cfg.out / ORIGIN).exists():
-        start = str(cfg.model.path or cfg.model.size)
-        write_origin(cfg.out, "run", seed=cfg.seed, model=start, digest=digest_run(cfg.out))
+    finished, begun = everyone(
+        "what is in the run's directory", [_is_finished(cfg.out), cfg.out.exists()], seconds=_SECONDS
+    )[0]
+    if finished:
+        _check_start(cfg)
+        return model_dir
+    job = None if begun else check_job(cfg)
+    with owned(cfg.out, "training", progress.say) as owner:
+        check_directory(cfg)
+        if model_dir.exists():
+            _check_start(cfg)
+        else:
+            job = job or check_job(cfg)
+            check_same(cfg.out, job.facts)
+            start_record(cfg, job.facts)
+            progress.say(f"{cfg.out}: {job.summary}")
+            with Watchdog(directory=cfg.out) as watchdog:
+                _Training(job, owner, ledger, watchdog, progress).run(model_dir)
+        owner.check()
+        Run(cfg.out).clear()
+        ledger.close()
+        if is_first_process():
+            start = str(cfg.model.path or cfg.model.size)
+            write_origin(cfg.out, "run", seed=cfg.seed, model=start, digest=digest_run(cfg.out))
     return model_dir
+
+
+def _is_finished(out: Path) -> bool:
+    return (out / "model").exists() and (out / ORIGIN).exists() and not (out / "state").exists()
+
+
+def _check_start(cfg: TrainConfig) -> None:
+    """Checks that the model which a finished run started from is the one that it says."""
+    if cfg.model.path is not None and cfg.model.path.exists():
+        check_same(cfg.out, {"start_digest": start_digest(cfg)})
 
 
 class _Training:
     """The running of one checked job."""
 
-    def __init__(self, job: Job, progress: Progress) -> None:
+    def __init__(
+        self, job: Job, owner: Owner, ledger: Ledger, watchdog: Watchdog, progress: Progress
+    ) -> None:
         self._job, self._cfg, self._progress = job, job.cfg, progress
-        self._saves = Run(job.cfg.out, keep=job.cfg.keep_saves)
-        self._graphdef, params, self._frozen = split(_starting_model(job), job.cfg.freeze)
-        if self._saves.begun:
-            abstract = jax.eval_shape(initial_state, params)
-            del params  # a large model has no room for both these and the saved ones
-            self._step, self._state = self._saves.restore(abstract, job.mesh, say=progress.say)
-            progress.say(f"{job.cfg.out}: going on from step {self._step}")
-        else:
-            self._step, self._state = 0, initial_state(params, job.mesh)
+        self._ledger, self._watchdog = ledger, watchdog
+        self._saves = Saves(job.cfg, owner, ledger, progress)
+        self._form = form(job.cfg.optimizer, job.cfg.precision)
+        if is_first_process():
+            ledger.open(job.cfg.out)
+        watchdog.enter("restore")
+        with ledger.doing("restore"):
+            self._graphdef, params, self._frozen = split(_starting_model(job), job.cfg.freeze)
+            if everyone("whether the run has begun", self._saves.states.begun, seconds=_SECONDS)[0]:
+                abstract = jax.eval_shape(partial(initial_state, form=self._form), params)
+                del params  # a large model has no room for both these and the saved ones
+                self._step, self._state, saved = self._saves.restore(abstract, job.mesh)
+                self._guard = Guard(job.cfg.bad_steps, saved["guard"])
+                progress.say(f"{job.cfg.out}: going on from step {self._step}")
+            else:
+                self._step, self._state = 0, initial_state(params, job.mesh, self._form)
+                self._guard = Guard(job.cfg.bad_steps)
+        ledger.at(self._step)
+        ledger.saved()
 
     def run(self, model_dir: Path) -> None:
         """Does the steps that are left and writes the models."""
         cfg, total = self._cfg, len(self._job.batches)
         metrics_file = MetricsFile(cfg.out, self._step)
-        try:
-            with self._progress.stage("steps", total=total, done=self._step) as bar:
-                self._steps(_Reports(self._job, metrics_file, bar))
-        finally:
+        with stop_signal():
+            try:
+                with self._progress.stage("steps", total=total, done=self._step) as bar:
+                    self._steps(Reports(self._job, self._guard, metrics_file, bar))
+                self._ledger.now("save")
+                self._watchdog.enter("save")
+                self._save_model(model_dir)
+            except BaseException:
+                with contextlib.suppress(OSError):  # what ended the run is what has to be told
+                    metrics_file.close()
+                    self._ledger.close()
+                raise
             metrics_file.close()
-        self._save_model(model_dir)
 
-    def _steps(self, reports: "_Reports") -> None:
+    def _steps(self, reports: Reports) -> None:
         cfg, batches, mesh = self._cfg, self._job.batches, self._job.mesh
-        place = batch_sharding(mesh)
         numbers = jax.device_put(recipe(cfg.optimizer, len(batches)), NamedSharding(mesh, P()))
         settings = Settings(
             graphdef=self._graphdef,
@@ -105,40 +166,71 @@ class _Training:
             loss_chunk=cfg.loss_chunk,
             compute=cfg.precision.compute,
             remat=cfg.remat,
+            form=self._form,
+            split_sequence=cfg.mesh.split_sequence,
         )
         train_step = train_step_on(mesh, self._state)
-
-        def fetch(step: int) -> Batch:
-            return jax.device_put(batches[step], place)
-
-        for step, batch in _ahead(fetch, range(self._step, len(batches))):
+        fetch = partial(place_batch, batches, mesh=mesh, split_sequence=cfg.mesh.split_sequence)
+        first, ledger = self._step, self._ledger
+        pace = Pace(self._watchdog, first)
+        ledger.now("input")
+        for step, batch in _ahead(fetch, range(first, len(batches))):
+            ledger.now("compile" if step == first else "step")
+            limits = self._guard.limits(step)
+            limited = replace(numbers, largest_loss=limits.loss, largest_norm=limits.norm)
             with jax.set_mesh(mesh):
-                self._state, metrics = train_step(self._state, self._frozen, batch, numbers, settings)
+                self._state, metrics = train_step(self._state, self._frozen, batch, limited, settings)
+            ledger.now("step")
             # This step runs on the device while the host reads the numbers of the one before.
             reports.flush()
             reports.put(step + 1, metrics)
             self._step = step + 1
-            if self._is_saved():
+            pace.done(self._step)
+            leaves = self._step < len(batches) and stop_wanted(self._step)
+            if leaves or self._is_due(cfg.compare_replicas_every_steps) or self._is_saved():
                 reports.flush()
-                self._save()
+                self._watchdog.enter("save")
+                self._between_steps(leaves)
+                pace.go_on()
+            ledger.at(self._step)
+            ledger.now("input")
+        ledger.now("step")
         reports.flush()
+        ledger.at(self._step)
+
+    def _between_steps(self, leaves: bool) -> None:
+        """Compares replicas and saves, as is due after this step.
+
+        Raises:
+          StoppedError: if `leaves`.
+        """
+        self._ledger.at(self._step)
+        self._ledger.saved()
+        if self._cfg.compare_replicas_every_steps is not None:
+            with self._ledger.doing("check"):
+                compare_replicas((self._state, self._frozen), self._step)
+        with self._ledger.doing("save"):
+            if leaves or self._is_saved():
+                self._save(last=leaves)
+        if leaves:
+            raise StoppedError(f"{self._cfg.out}: told to leave; the state of step {self._step} is saved")
+
+    def _is_due(self, every: int | None) -> bool:
+        return every is not None and self._step % every == 0
 
     def _is_saved(self) -> bool:
         """Whether something is written after this step: at the end of an epoch, and every so many steps."""
-        every = self._cfg.save_every_steps
-        return self._step % self._job.batches.steps_per_epoch == 0 or (
-            every is not None and self._step % every == 0
-        )
+        return self._is_due(self._job.batches.steps_per_epoch) or self._is_due(self._cfg.save_every_steps)
 
-    def _save(self) -> None:
+    def _save(self, *, last: bool) -> None:
         epoch, rest = divmod(self._step, self._job.batches.steps_per_epoch)
         if self._cfg.keep_epochs and rest == 0:
             # Before the state: a run that goes on from this state will not come by here again.
             directory = self._cfg.out / "epochs" / str(epoch)
             if not directory.exists():
                 self._save_model(directory)
-        if self._step < len(self._job.batches) and self._step not in self._saves.steps():
-            self._saves.save(self._step, self._state)
+        if self._step < len(self._job.batches):
+            self._saves.save(self._step, self._state, {"guard": self._guard.to_save()}, last=last)
 
     def _save_model(self, directory: Path) -> None:
         cfg, job = self._cfg, self._job
@@ -154,53 +246,6 @@ class _Training:
         system = None if job.system is None else job.system.model_dump(exclude_none=True)
         save_model(
             directory, model, tokenizer_dir=job.tokenizer_dir, chat=job.chat, system=system, origin=origin
-        )
-
-
-class _Reports:
-    """Reads the numbers of one step while the next one runs, checks them and passes them on."""
-
-    def __init__(self, job: Job, metrics_file: MetricsFile, bar: Progress) -> None:
-        self._job, self._file, self._bar = job, metrics_file, bar
-        self._waiting: tuple[int, Any] | None = None
-        # The first step compiles; speed is that of the last few.
-        self._clock: deque[tuple[float, float]] = deque(maxlen=20)
-        self._tokens = 0.0
-
-    def put(self, step: int, metrics: Any) -> None:
-        """Takes the numbers of the update that made `step` updates, without waiting for them."""
-        self._waiting = step, metrics
-
-    def flush(self) -> None:
-        """Reads, checks and writes what was put last.
-
-        Raises:
-          FloatingPointError: the loss or the gradient is not finite.
-        """
-        if self._waiting is None:
-            return
-        (step, waiting), self._waiting = self._waiting, None
-        metrics = {name: float(value) for name, value in jax.device_get(waiting).items()}
-        if not metrics.pop("finite"):
-            raise FloatingPointError(self._not_finite(step, metrics))
-        self._tokens += metrics["tokens"]
-        self._clock.append((time.monotonic(), self._tokens))
-        (first, tokens_then), (last, tokens_now) = self._clock[0], self._clock[-1]
-        speed = {"tokens_per_second": (tokens_now - tokens_then) / (last - first)} if last > first else {}
-        total, every = len(self._job.batches), self._job.cfg.log_every_steps
-        if step % every == 0 or step == total:
-            epoch = step / self._job.batches.steps_per_epoch
-            self._file.add({"step": step, "epoch": epoch} | metrics | speed)
-        self._bar.update(step, loss=metrics["loss"], **speed)
-
-    def _not_finite(self, step: int, metrics: dict[str, float]) -> str:
-        ids = self._job.batches.ids(step - 1)
-        named = ", ".join(ids[:40]) + (f" and {len(ids) - 40} more" if len(ids) > 40 else "")
-        return (
-            f"step {step}: the loss is {metrics['loss']} and the gradient's norm {metrics['grad_norm']}; the "
-            f"step was not applied and the run has stopped. Conversations of this step: {named}. Lower "
-            "optimizer.learning_rate or look at these conversations; the states saved before are kept in "
-            f"{self._job.cfg.out / 'state'}"
         )
 
 

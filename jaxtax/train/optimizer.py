@@ -1,20 +1,20 @@
-"""AdamW, its schedule, and which parameters take part.
+"""AdamW's numbers, its schedule, and which parameters take part; the update itself is in moments.py.
 
 Every number of the recipe is an array that goes into the step, not a constant compiled into it: stages and
 arms of a study that differ in learning rate, length or decay share one compiled step.
 """
 
-import functools
 import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
-import optax
+
+from jaxtax.train.moments import Form, Numbers
 
 if TYPE_CHECKING:
-    from jaxtax.config import Optimizer
+    from jaxtax.config import Optimizer, Precision
 
 Array = jax.Array
 Path = tuple[Any, ...]
@@ -30,6 +30,7 @@ class Recipe:
       floor: share of the peak that the cosine ends at; 1 is a constant schedule.
       warmup_steps, total_steps: lengths, in updates.
       clip_norm: largest global norm of the gradient; infinite: no clipping.
+      largest_loss, largest_norm: of an update that is made; see guard.py.
     """
 
     peak: Array
@@ -41,6 +42,8 @@ class Recipe:
     eps: Array
     weight_decay: Array
     clip_norm: Array
+    largest_loss: Array | float = math.inf
+    largest_norm: Array | float = math.inf
 
 
 def recipe(cfg: "Optimizer", total_steps: int) -> Recipe:
@@ -73,14 +76,19 @@ def learning_rate(recipe: Recipe, step: Array) -> Array:
     return recipe.peak * jnp.where(done < recipe.warmup_steps, warmed, decayed)
 
 
-def make_optimizer(recipe: Recipe, rate: Array, *, decay_all: bool) -> optax.GradientTransformation:
-    """AdamW at one learning rate. The numbers may be traced; its state does not depend on them."""
-    mask = functools.partial(decay_mask, decay_all=decay_all)
-    numbers: Any = {"b1": recipe.beta1, "b2": recipe.beta2, "eps": recipe.eps}
-    return optax.chain(
-        optax.scale_by_adam(**numbers),
-        optax.add_decayed_weights(recipe.weight_decay, mask=mask),
-        optax.scale(-rate),
+def numbers(recipe: Recipe, step: Array) -> Numbers:
+    """What the update that follows `step` updates needs of `recipe`."""
+    rate = learning_rate(recipe, step)
+    return Numbers(recipe.beta1, recipe.beta2, recipe.eps, recipe.weight_decay, rate)
+
+
+def form(cfg: "Optimizer", precision: "Precision") -> Form:
+    """How the moments are kept and how weights are rounded, as a config says."""
+    return Form(
+        dtype=cfg.moments,
+        first=cfg.first_moment,
+        factored=cfg.second_moment == "factored",
+        stochastic=precision.rounding == "stochastic",
     )
 
 

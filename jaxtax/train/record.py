@@ -8,9 +8,17 @@ from typing import Any
 from jaxtax.artifact import write_json, write_text
 from jaxtax.config import TrainConfig
 from jaxtax.config_file import dump, read
+from jaxtax.hosts.process import is_first_process
+from jaxtax.json_lines import JsonLines
 
 # Directories may have been moved; what they hold is compared by digests (see `check_same`).
 _PLACES = re.compile(r"out|model\.path|model\.tokenizer|data\.sources\.\d+\.files\.\d+")
+
+# How a run is computed and saved may change when it goes on, on other machines say; not what it learns.
+_FREE = re.compile(
+    r"(mesh|hosts)\.\w+|micro_batches|loss_chunk|remat|save_every_steps|keep_saves|most_failed_saves|"
+    r"compare_replicas_every_steps"
+)
 
 CONFIG, DATA, METRICS = "config.yaml", "data.json", "metrics.jsonl"
 
@@ -32,7 +40,9 @@ def check_directory(cfg: TrainConfig) -> None:
         return
     there, here = flat_keys(read(out / CONFIG)), flat_keys(cfg.model_dump(mode="json"))
     differing = [
-        key for key in here | there if not _PLACES.fullmatch(key) and here.get(key) != there.get(key)
+        key
+        for key in here | there
+        if not (_PLACES.fullmatch(key) or _FREE.fullmatch(key)) and here.get(key) != there.get(key)
     ]
     if differing:
         lines = [
@@ -63,7 +73,9 @@ def check_same(out: Path, facts: dict[str, Any]) -> None:
 
 
 def start_record(cfg: TrainConfig, facts: dict[str, Any]) -> None:
-    """Writes config.yaml and data.json; for a run that goes on they stay as they are."""
+    """Writes config.yaml and data.json, in the first process; in a run that goes on they stay as they are."""
+    if not is_first_process():
+        return
     cfg.out.mkdir(parents=True, exist_ok=True)
     if not (cfg.out / CONFIG).exists():
         write_text(cfg.out / CONFIG, dump(cfg))
@@ -75,21 +87,32 @@ class MetricsFile:
     """metrics.jsonl of a run: one JSON object per logged step."""
 
     def __init__(self, out: Path, step: int) -> None:
-        """Opens the file to go on after `step`; what an interrupted run wrote beyond is cut off."""
+        """Opens the file to go on after `step`; what an interrupted run wrote beyond is cut off.
+
+        Of several processes the first one writes.
+        """
+        self._lines = None
+        if not is_first_process():
+            return
         path = out / METRICS
         lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
         kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
         write_text(path, "".join(kept))
-        self._file = path.open("a", encoding="utf-8")
+        self._lines = JsonLines(path)
 
     def add(self, fields: dict[str, Any]) -> None:
-        """Writes one line, at once: a killed run keeps it."""
-        self._file.write(json.dumps(fields) + "\n")
-        self._file.flush()
+        """Writes one line, at once: a killed run keeps it. On a full disk, as soon as there is room."""
+        if self._lines is not None:
+            self._lines.add(fields)
 
     def close(self) -> None:
-        """Closes the file."""
-        self._file.close()
+        """Writes what could not be written before.
+
+        Raises:
+          OSError: it still cannot.
+        """
+        if self._lines is not None:
+            self._lines.flush()
 
 
 def flat_keys(value: Any, prefix: str = "") -> dict[str, Any]:

@@ -18,8 +18,9 @@ from jax.sharding import PartitionSpec as P
 from jaxtax.data.batch import Batch
 from jaxtax.model.transformer import Remat, Transformer
 from jaxtax.ops.loss import next_token_loss
-from jaxtax.sharding import constrain, shardings
-from jaxtax.train.optimizer import Recipe, is_frozen, learning_rate, make_optimizer
+from jaxtax.sharding import RowAxes, constrain, row_axes, shardings
+from jaxtax.train.moments import PLAIN, Form, Moments, adamw, no_moments
+from jaxtax.train.optimizer import Recipe, decay_mask, is_frozen, numbers
 
 Array = jax.Array
 Metrics = dict[str, Array]
@@ -38,7 +39,7 @@ class TrainState:
 
     step: Array
     params: nnx.State
-    opt_state: optax.OptState
+    opt_state: tuple[Moments]
 
 
 @dataclass(frozen=True)
@@ -49,9 +50,11 @@ class Settings:
       graphdef: structure of the model, from `split`.
       decay_all: weight decay pulls on biases, norms and sinks too.
       micro_batches: parts of a batch that are computed one after the other, to save memory.
-      loss_chunk: tokens whose logits exist at a time.
+      loss_chunk: tokens whose logits exist at a time, on each device.
       compute: dtype of activations and products.
       remat: see Transformer.
+      form: how the moments are kept, and the weights rounded; the state was made with the same.
+      split_sequence: the fsdp axis of the mesh holds pieces of the same rows (see sharding.py).
     """
 
     graphdef: nnx.GraphDef
@@ -60,6 +63,8 @@ class Settings:
     loss_chunk: int = 2048
     compute: str = "float32"
     remat: Remat = "none"
+    form: Form = PLAIN
+    split_sequence: bool = False
 
 
 def split(model: Transformer, freeze: tuple[str, ...] = ()) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
@@ -81,17 +86,16 @@ def join(graphdef: nnx.GraphDef, params: nnx.State, frozen: nnx.State) -> Transf
     return nnx.merge(graphdef, params, frozen)
 
 
-def initial_state(params: nnx.State, mesh: Mesh | None = None) -> TrainState:
+def initial_state(params: nnx.State, mesh: Mesh | None = None, form: Form = PLAIN) -> TrainState:
     """The state before the first update; it holds `params` themselves, no copy of them."""
-    layout = None if mesh is None else shardings(jax.eval_shape(_nothing_done, params), mesh)
-    step, opt_state = jax.jit(_nothing_done, out_shardings=layout)(params)
+    start = functools.partial(_nothing_done, form=form)
+    layout = None if mesh is None else shardings(jax.eval_shape(start, params), mesh)
+    step, opt_state = jax.jit(start, out_shardings=layout)(params)
     return TrainState(step, params, opt_state)
 
 
-def _nothing_done(params: nnx.State) -> tuple[Array, optax.OptState]:
-    zero = jnp.float32(0.0)
-    numbers = Recipe(zero, zero, zero, zero, zero, zero, zero, zero, zero)
-    return jnp.int32(0), make_optimizer(numbers, zero, decay_all=True).init(params)
+def _nothing_done(params: nnx.State, form: Form) -> tuple[Array, tuple[Moments]]:
+    return jnp.int32(0), (no_moments(params, form),)
 
 
 def update(
@@ -115,15 +119,16 @@ def update(
       padding), learning_rate, finite (1 or 0).
     """
     loss = functools.partial(_loss, frozen=frozen, settings=settings)
-    loss_sum, weight_sum, grads = _sums(loss, state.params, batch, settings.micro_batches)
-    grads = jax.tree.map(lambda grad: grad.astype(jnp.float32) / weight_sum, grads)
-    mean, norm = loss_sum / weight_sum, optax.tree.norm(grads)
-    rate = learning_rate(recipe, state.step)
+    rows = row_axes(settings.split_sequence)
+    loss_sum, weight_sum, grads = _sums(loss, state.params, batch, settings.micro_batches, rows)
+    mean, norm = loss_sum / weight_sum, optax.tree.norm(_mean_grads(grads, weight_sum))
     finite = jnp.isfinite(mean) & jnp.isfinite(norm)
-    # A branch, not a choice leaf by leaf: that would hold a second set of weights and moments.
+    applied = finite & (mean <= recipe.largest_loss) & (norm <= recipe.largest_norm)
+    # A branch, not a choice leaf by leaf: that would hold a second set of weights and moments. The gradients
+    # go into it as they are: float32 ones of bfloat16 weights would take twice the room of the weights.
     new_state = jax.lax.cond(
-        finite,
-        lambda: _apply(state, grads, norm, recipe, rate, settings.decay_all),
+        applied,
+        lambda: _apply(state, grads, weight_sum, norm, recipe, settings),
         lambda: state,
     )
     metrics = {
@@ -131,28 +136,32 @@ def update(
         "grad_norm": norm,
         "weight_sum": weight_sum,
         "tokens": jnp.sum(batch.segments_BT > 0),
-        "learning_rate": rate,
+        "learning_rate": numbers(recipe, state.step).rate,
         "finite": finite,
+        "applied": applied,
     }
     return new_state, {name: value.astype(jnp.float32) for name, value in metrics.items()}
 
 
 def _loss(params: nnx.State, part: Any, frozen: nnx.State, settings: Settings) -> tuple[Array, Array]:
     """Summed loss and summed weights of some rows."""
-    model = join(settings.graphdef, params, frozen)
+    model, rows = join(settings.graphdef, params, frozen), row_axes(settings.split_sequence)
     hidden_BTD = model(
         part.tokens_BT,
         part.positions_BT,
         part.segments_BT,
         dtype=jnp.dtype(settings.compute),
         remat=settings.remat,
+        rows=rows,
     )
     return next_token_loss(
-        hidden_BTD, model.unembed_VD, part.targets_BT, part.weights_BT, chunk=settings.loss_chunk
+        hidden_BTD, model.unembed_VD, part.targets_BT, part.weights_BT, chunk=settings.loss_chunk, rows=rows
     )
 
 
-def _sums(loss: Any, params: nnx.State, batch: Batch, micro_batches: int) -> tuple[Array, Array, nnx.State]:
+def _sums(
+    loss: Any, params: nnx.State, batch: Batch, micro_batches: int, row_axes: RowAxes
+) -> tuple[Array, Array, nnx.State]:
     """Summed loss, summed weights, and the gradient of the summed loss, over all micro batches."""
     slope = jax.value_and_grad(loss, has_aux=True)
     if micro_batches == 1:
@@ -163,7 +172,7 @@ def _sums(loss: Any, params: nnx.State, batch: Batch, micro_batches: int) -> tup
         rows, length = x_BT.shape
         # Every micro batch takes rows from all devices, so that none of them waits.
         parts = jnp.swapaxes(x_BT.reshape(rows // micro_batches, micro_batches, length), 0, 1)
-        return constrain(parts, None, "batch", None)
+        return constrain(parts, None, *row_axes)
 
     def add(sums: Any, part: Batch) -> tuple[Any, None]:
         (loss_sum, weight_sum), grads = slope(params, part)
@@ -176,16 +185,29 @@ def _sums(loss: Any, params: nnx.State, batch: Batch, micro_batches: int) -> tup
     return sums
 
 
+def _mean_grads(grads: nnx.State, weight_sum: Array, scale: Array | None = None) -> nnx.State:
+    """Float32 gradients of the mean loss from those of the summed loss."""
+
+    def mean(grad: Array) -> Array:
+        grad = grad.astype(jnp.float32) / weight_sum
+        return grad if scale is None else grad * scale
+
+    return jax.tree.map(mean, grads)
+
+
 def _apply(
-    state: TrainState, grads: nnx.State, norm: Array, recipe: Recipe, rate: Array, decay_all: bool
+    state: TrainState, grads: nnx.State, weight_sum: Array, norm: Array, recipe: Recipe, settings: Settings
 ) -> TrainState:
     scale = jnp.minimum(1.0, recipe.clip_norm / jnp.maximum(norm, jnp.finfo(jnp.float32).tiny))
-    clipped = jax.tree.map(lambda grad: grad * scale, grads)
-    optimizer = make_optimizer(recipe, rate, decay_all=decay_all)
-    updates, opt_state = optimizer.update(clipped, state.opt_state, state.params)
-    params: Any = optax.apply_updates(state.params, updates)
-    updated = TrainState(state.step + 1, params, opt_state)
-    return jax.tree.map(lambda new, old: new.astype(old.dtype), updated, state)
+    params, moments = adamw(
+        state.params,
+        _mean_grads(grads, weight_sum, scale),
+        state.opt_state[0],
+        decay_mask(state.params, decay_all=settings.decay_all),
+        numbers(recipe, state.step),
+        settings.form,
+    )
+    return TrainState(state.step + 1, params, (moments,))
 
 
 _compiled = functools.partial(jax.jit, static_argnames="settings", donate_argnames="state")
