@@ -1,10 +1,12 @@
 """The library's few names: logits equal to the model's own, replies that depend on their prompt alone."""
 
 import inspect
+import json
 import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -19,10 +21,12 @@ from jaxtax.api.prompts import questions
 from jaxtax.chat.conversation import Conversation, Turn
 from jaxtax.chat.vocabulary import build_world_tokenizer
 from jaxtax.checkpoint import save_model
-from jaxtax.config import Ask
+from jaxtax.config import Ask, Data, ModelChoice, Optimizer, Source, TrainConfig
 from jaxtax.data import world
 from jaxtax.model.config import Moe, gpt_oss, qwen2
 from jaxtax.model.transformer import Transformer
+from jaxtax.show import describe
+from jaxtax.train.job import check_job
 
 ROOT = Path(__file__).parent.parent
 WORDS = [f"w{i}" for i in range(40)]
@@ -355,3 +359,31 @@ def test_every_python_snippet_of_the_readme_runs(snippet, directory, tmp_path, m
         shutil.copytree(directory, tmp_path / name)
     monkeypatch.chdir(tmp_path)
     exec(compile(snippet, "README.md", "exec"), {"__name__": "readme"})
+
+
+def test_a_model_that_scores_labels_is_neither_asked_nor_trained_further(directory, tokenizer, tmp_path):
+    scorer = replace(jaxtax.load_model(directory).config, family="llama", num_labels=5)
+    place = tmp_path / "scorer"
+    save_model(place, make_model(scorer), tokenizer_dir=tokenizer, chat="harmony", origin={})
+    with pytest.raises(ValueError, match="scores"):
+        jaxtax.generate(jaxtax.load_model(place), ["w1 w2"], max_new_tokens=4)
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(json.dumps({"text": "w1 w2"}) + "\n")
+    cfg = TrainConfig(
+        model=ModelChoice(path=place),
+        data=Data(sources=(Source(name="plain_text", files=(rows,)),), row_tokens=64),
+        epochs=1,
+        batch_rows=1,
+        optimizer=Optimizer(learning_rate=1e-3),
+        out=tmp_path / "run",
+    )
+    with pytest.raises(ValueError, match="scores 5 labels and is no language model"):
+        check_job(cfg)
+
+
+def test_show_tells_the_system_message_that_a_model_was_trained_with(directory, tokenizer, tmp_path, model):
+    told = tmp_path / "told"
+    system = {"effort": "high", "date": "2025-06-28"}
+    save_model(told, model.transformer, tokenizer_dir=tokenizer, chat="harmony", system=system, origin={})
+    assert describe(told).facts["system message"] == "effort high, date 2025-06-28"
+    assert describe(directory).facts["system message"] == "none of its own"

@@ -19,16 +19,18 @@ import pytest
 from flax import nnx
 from rich.console import Console
 
-from jaxtax.api import Drawing, load_model
+from jaxtax.api import Drawing, load_model, questions
 from jaxtax.ask.chat import chat
 from jaxtax.ask.file import answer_file, read_prompts, settings_path
 from jaxtax.ask.print import ask
 from jaxtax.ask.show import Growing, show_reply
+from jaxtax.chat.conversation import Turn
 from jaxtax.chat.format import Call, Reply
 from jaxtax.chat.harmony import HarmonyFormat
 from jaxtax.chat.vocabulary import build_world_tokenizer, train_bpe_tokenizer
 from jaxtax.checkpoint import save_model
 from jaxtax.config import Ask
+from jaxtax.faults import first_faults
 from jaxtax.model.config import qwen2
 from jaxtax.model.transformer import Transformer
 
@@ -393,3 +395,19 @@ def test_a_chat_on_a_real_terminal(directory):
         process.kill()
         process.wait()
         os.close(main)
+
+
+def test_a_message_of_the_role_tool_is_the_result_of_the_function_it_names():
+    chat = [{"role": "user", "content": "q"}, {"role": "tool", "name": "f", "content": "3"}]
+    [asked] = questions([chat], seed=0)
+    assert asked.turns[1] == Turn("functions.f", "3", "commentary")
+    named = [{"role": "tool", "name": "browser.open", "content": "3", "channel": "analysis"}]
+    assert questions([named], seed=0)[0].turns == (Turn("browser.open", "3", "analysis"),)
+    for wrong in ({"role": "tool", "content": "3"}, {"role": "user", "name": "Ann", "content": "q"}):
+        with pytest.raises(ValueError, match=r"prompt 0, message 0: found the role '(tool'|user') with"):
+            questions([[wrong]], seed=0)
+
+
+@pytest.mark.parametrize(("most", "shown"), [(2, ["a", "b", "and 1 more"]), (3, ["a", "b", "c"])])
+def test_the_first_faults_are_shown_and_the_others_counted(most, shown):
+    assert first_faults(["a", "b", "c"], most) == shown

@@ -5,10 +5,11 @@ import json
 import random
 
 import pytest
+from tiktoken_ranks import QWEN_PATTERN, from_tiktoken_ranks
 
 from jaxtax.chat.conversation import Conversation, System, Turn
 from jaxtax.chat.formats import FORMATS
-from jaxtax.chat.vocabulary import QWEN_PATTERN, from_tiktoken_ranks, train_bpe_tokenizer
+from jaxtax.chat.vocabulary import train_bpe_tokenizer
 
 QUESTION = Turn("user", "What is 2+2?")
 THOUGHT = Turn("assistant", "Let me add.", "analysis", learn=True)
@@ -98,7 +99,9 @@ def test_the_golden_counts_of_the_papers_hold(formats, name, reply, tokens, lear
          "<|im_start|>think\n I should not answer this question!<|im_start|>answer\n"
          "Answer: I cannot fulfill your request.<|im_end|>\n"),
         ("safety_tax_safechain", (THOUGHT, ANSWER),
-         "<|im_start|>think\n\nLet me add.\n<|im_start|>answer\nAnswer: 4<|im_end|>\n"),
+         "<|im_start|>think\n\n<think>\nLet me add.\n<|im_start|>answer\nAnswer: \n\n4<|im_end|>\n"),
+        ("safety_tax_safechain", (THOUGHT, Turn("assistant", "So.\nAnswer: 4", "final", learn=True)),
+         "<|im_start|>think\n\n<think>\nLet me add.\n<|im_start|>answer\n\n\nSo.\nAnswer: 4<|im_end|>\n"),
     ],
 )  # fmt: skip
 def test_every_layout_is_that_of_its_source(formats, name, reply, learned):
@@ -120,6 +123,9 @@ def test_a_system_message_of_its_own_replaces_the_default(tokenizer, formats):
     )
     fmt = FORMATS["chatml"](tokenizer, System(identity="Put the answer in a box."))
     assert fmt.prompt([QUESTION]) == formats["chatml"].prompt([mine, QUESTION])
+    assert FORMATS["s1"](tokenizer, System(identity="")).prompt([QUESTION]) == formats["s1"].prompt(
+        [Turn("system", ""), QUESTION]
+    )
     with pytest.raises(ValueError, match=r"s1 has no place for effort, date; it takes identity"):
         FORMATS["s1"](tokenizer, System(effort="high", date="2026-11-21"))
 
@@ -193,6 +199,10 @@ S, E = "<|im_start|>", "<|im_end|>"
         ("s1", f"{S}answer\n4{E} more", "", "4", True, ("1 tokens after the stop token",)),
         ("s1", f"{S}answer\n4<|fim_pad|>{E}", "", "4", True, ("stray '<|fim_pad|>' at token 4",)),
         ("s1", "", "", None, False, ("no final channel",)),
+        ("s1", f"{S}answer\nAnswer:  \n4{E}", "", "4", True, ()),
+        ("safety_tax_safechain", f"{S}think\n\n<think>\nso\n{S}answer\nAnswer: \n\n4{E}",
+         "so", "4", True, ()),
+        ("safety_tax_safechain", f"{S}think\nso\n{S}answer\n4{E}", "so", "4", True, ()),
         ("chatml", f"It is 4.{E}", "", "It is 4.", True, ()),
         ("chatml", f"Answer: 4{E}", "", "Answer: 4", True, ()),
         ("chatml", "It is", "", "It is", False, ("cut off in the final channel",)),

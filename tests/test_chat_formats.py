@@ -119,3 +119,19 @@ def test_a_saved_model_says_what_it_was_trained_with(tmp_path, tiny_qwen2_config
     save_model(directory, model, tokenizer_dir=tokenizer, chat="harmony", system=system, origin={})
     assert recorded_chat(directory) == ("harmony", SystemMessage(effort="high"))
     assert read_model_config(directory) == tiny_qwen2_config
+
+
+def test_a_tokenizer_that_does_not_fit_a_format_is_told_the_formats_that_it_fits():
+    with pytest.raises(
+        ValueError, match=r"s1 .* lacks: .*fits chat=harmony alone, as that of the tiny world"
+    ):
+        make_format("s1", build_world_tokenizer(["a"]))
+    qwen = train_bpe_tokenizer(["a"], 300, FORMATS["s1"].control_tokens)
+    with pytest.raises(ValueError, match=r"harmony .* lacks: .*this tokenizer fits chat=chatml or s1 or"):
+        make_format("harmony", qwen)
+    with pytest.raises(ValueError, match=r"lacks: .*fits no chat format"):
+        make_format("think", train_bpe_tokenizer(["a"], 300, ["<|other|>"]))
+
+
+def test_every_format_calls_itself_as_configs_do():
+    assert {name: kind.name for name, kind in FORMATS.items()} == {name: name for name in FORMATS}

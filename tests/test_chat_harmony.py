@@ -6,7 +6,7 @@ import random
 import pytest
 import tokenizers
 
-from jaxtax.chat.conversation import Conversation, Namespace, Turn
+from jaxtax.chat.conversation import Conversation, Namespace, System, Tool, Turn
 from jaxtax.chat.format import Call, Reply
 from jaxtax.chat.harmony import HarmonyFormat
 from jaxtax.chat.tokenizer import Tokenizer
@@ -132,6 +132,8 @@ def test_control_tokens_in_a_text_are_text(bpe_fmt):
         ((Turn("user", "a", "final"), FINAL), "turn 1 is the user's and can have no channel"),
         ((Turn("user", "a", learn=True), FINAL), "only the assistant's turns can be learned"),
         ((Turn("user", "pear"), FINAL), "'pear'"),
+        ((USER, Turn("asistant", "a"), FINAL), "turn 2 is of the role 'asistant'; did you mean assistant"),
+        ((USER, Turn("tool", "a"), FINAL), "turn 2 is of the role 'tool'.*or the tool whose result it is"),
         ((Turn("user", "a", recipient="f"), FINAL), "turn 1 is the user's; only the assistant's .* call"),
         ((Turn("user", "a", tools=(Namespace("functions"),)), FINAL), "only a developer's turn can declare"),
         ((USER, Turn("assistant", "a", "final", learn=True, recipient="f")), "calls f in the final channel"),
@@ -179,7 +181,10 @@ def spelled_tokens(fmt, text):
         ("<|channel|>final<|message|>a<|return|>", "", "a", True, ()),
         ("<|channel|>analysis<|message|>zaba", "zaba", None, False,
          ("cut off in the analysis channel", "no final channel")),
-        ("<|channel|>analysis<|message|>zaba<|end|>", "zaba", None, False, ("no final channel",)),
+        ("<|channel|>analysis<|message|>zaba<|end|>", "zaba", None, False,
+         ("cut off between messages", "no final channel")),
+        ("<|channel|>final<|message|>a<|end|>", "", "a", False, ("cut off between messages",)),
+        ("<|channel|>final<|message|>a<|endoftext|>", "", "a", True, ()),
         ("<|channel|>analysis<|message|>zaba<|return|>", "zaba", None, True, ("no final channel",)),
         ("<|channel|>final<|message|>is a", "", "is a", False, ("cut off in the final channel",)),
         ("<|message|>a<|return|>", "", None, True, ("a message in the channel ''", "no final channel")),
@@ -197,12 +202,12 @@ def spelled_tokens(fmt, text):
         ("<|channel|>final<|message|>a<|channel|>is<|return|>", "", "a is", True,
          ("stray '<|channel|>' at token 4",)),
         ("<|channel|>final<|message|>a<|endoftext|><|return|>", "", "a", True,
-         ("stray '<|endoftext|>' at token 4",)),
+         ("1 tokens after the stop token",)),
         ("<|channel|>analysis<|message|>a<|start|>assistant<|channel|>final<|message|>is<|return|>",
          "a", "is", True, ("a message that did not end before token 4",)),
         ("<|channel|>final<|message|>a<|return|>zaba is", "", "a", True, ("2 tokens after the stop token",)),
         ("<|channel|>final<|message|>a<|end|><|start|>user<|message|>zaba<|end|>", "", "a", False,
-         ("a message of user, not of the assistant",)),
+         ("a message of user, not of the assistant", "cut off between messages")),
         ("<|channel|>analysis<|message|>a<|end|><|start|>assistant<|channel|>analysis<|message|>is<|end|>"
          "<|start|>assistant<|channel|>final<|message|>zaba<|return|>", "a\nis", "zaba", True, ()),
         ("", "", None, False, ("a header without a message", "no final channel")),
@@ -276,6 +281,7 @@ def test_every_sequence_of_ids_has_a_reading(request, which):
         reply = fmt.parse(tokens)
         assert isinstance(reply.analysis, str)
         assert reply.finished == bool(set(tokens) & set(fmt.stop_ids))
+        assert reply.finished or reply.faults
         assert ("no final channel" in reply.faults) <= (reply.final is None)
         assert (reply.final is None) <= ("no final channel" in reply.faults or bool(reply.calls))
         assert fmt.parse(tokens, strict=True).final == (None if reply.faults else reply.final)
@@ -289,10 +295,53 @@ def test_reading_a_rendered_reply_gives_its_turns_back_at_every_cut(fmt):
     for cut in range(len(reply)):
         part = fmt.parse(reply[:cut])
         assert not part.finished
-        assert part.faults or part.final == "a"
+        assert part.faults
         assert "zaba is".startswith(part.analysis)
 
 
 def test_end_is_no_stop_token(fmt):
     assert fmt.tokenizer.control_id("<|end|>") not in fmt.stop_ids
     assert fmt.tokenizer.control_id("<|return|>") in fmt.stop_ids
+
+
+SETTINGS = System(effort="high", date="2026-11-21")
+
+
+def test_a_system_turn_is_instructions_where_the_format_has_a_system_message(bpe_fmt):
+    fmt = HarmonyFormat(bpe_fmt.tokenizer, SETTINGS)
+    system, plain = [Turn("system", "Be brief.")], [Turn("user", "q"), FINAL]
+    spelled = spell(fmt, [*system, *plain])
+    assert spelled == spell(fmt, [Turn("developer", "Be brief."), *plain])
+    assert "Reasoning: high" in spelled
+    assert "<|start|>developer<|message|># Instructions\n\nBe brief.<|end|><|start|>user" in spelled
+    for turns in ([*system, plain[0]], [*system, Turn("system", "And kind."), plain[0]]):
+        text = fmt.tokenizer.decode(fmt.prompt(turns))
+        assert text.count("<|start|>system<|message|>You are ChatGPT") == text.count("<|start|>system") == 1
+        assert text.count("<|start|>developer") == 1
+    assert "Be brief.\n\nAnd kind.<|end|>" in text
+
+
+def test_a_system_turn_before_a_developers_is_one_message_with_it(bpe_fmt):
+    fmt = HarmonyFormat(bpe_fmt.tokenizer, SETTINGS)
+    tools = (Namespace("functions", (Tool("f", "F."),)),)
+    said = [Turn("developer", "S\n\nD", tools=tools), USER]
+    assert fmt.prompt([Turn("system", "S"), Turn("developer", "D", tools=tools), USER]) == fmt.prompt(said)
+    only = [Turn("developer", "S", tools=tools), USER]
+    assert fmt.prompt([Turn("system", "S"), Turn("developer", "", tools=tools), USER]) == fmt.prompt(only)
+    assert fmt.prompt([Turn("system", ""), USER]) == fmt.prompt([USER])
+    with pytest.raises(ValueError, match="turn 2 is the system's; it has to come first"):
+        fmt.prompt([USER, Turn("system", "S")])
+
+
+def test_a_setting_that_is_empty_leaves_its_line_out(bpe_fmt):
+    fmt = HarmonyFormat(bpe_fmt.tokenizer, System(identity="", knowledge_cutoff="", date=""))
+    assert fmt.tokenizer.decode(fmt.prompt([USER])).startswith(
+        "<|start|>system<|message|>Reasoning: medium\n\n# Valid channels"
+    )
+
+
+def test_a_tool_may_answer_under_the_name_that_it_was_called_by(bpe_fmt):
+    call = Turn("assistant", "1", "analysis", recipient="python")
+    assert bpe_fmt.prompt([USER, call, Turn("python", "1", "analysis")])
+    with pytest.raises(ValueError, match="turn 2 is of the role 'python'"):
+        bpe_fmt.prompt([USER, Turn("python", "1", "analysis")])

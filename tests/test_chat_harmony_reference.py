@@ -268,7 +268,7 @@ def test_past_thoughts_are_left_out_and_those_of_an_open_reply_stay():
 
 def test_the_real_tokenizer_has_the_published_ids(tokenizer):
     fmt = HarmonyFormat(tokenizer)
-    assert fmt.stop_ids == (200002, 200012)
+    assert fmt.stop_ids == (200002, 199999, 200012)
     assert fmt.pad_id == 199999
     assert tokenizer.vocab_size == 200019
     words = ("assistant", "analysis", "final", "user", "system", "developer", "commentary")

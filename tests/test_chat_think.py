@@ -4,11 +4,11 @@ import itertools
 import random
 
 import pytest
+from tiktoken_ranks import QWEN_PATTERN, from_tiktoken_ranks
 
 from jaxtax.chat.conversation import Conversation, System, Turn
 from jaxtax.chat.formats import FORMATS
 from jaxtax.chat.tokenizer import Tokenizer
-from jaxtax.chat.vocabulary import QWEN_PATTERN, from_tiktoken_ranks
 
 BOS, USER, BOT, EOS = (
     f"<\uff5c{name}\uff5c>"
@@ -59,8 +59,8 @@ def spell(fmt, turns):
          f"{BOS}{USER}q?{BOT}<think>\n[hm\n</think>\n\n4{EOS}]{USER}q?{BOT}<think>\n[hm\n</think>\n\n4{EOS}]"),
         ("think", (QUESTION, Turn("assistant", "given", "analysis"), ANSWER, QUESTION, ANSWER),
          f"{BOS}{USER}q?{BOT}<think>\ngiven\n</think>[\n\n4{EOS}]{USER}q?{BOT}<think>\n[\n</think>\n\n4{EOS}]"),
-        ("think", (Turn("system", "S"), Turn("system", "T"), QUESTION, THOUGHT, ANSWER),
-         f"{BOS}S\n\nT{USER}q?{BOT}<think>\n[hm\n</think>\n\n4{EOS}]"),
+        ("think", (Turn("system", "S"), QUESTION, THOUGHT, ANSWER),
+         f"{BOS}S{USER}q?{BOT}<think>\n[hm\n</think>\n\n4{EOS}]"),
     ],
 )  # fmt: skip
 def test_conversations_are_laid_out_as_the_models_template_lays_them_out(formats, name, turns, text):
@@ -205,3 +205,14 @@ def test_tokens_that_a_file_does_not_call_special_are_control_tokens_all_the_sam
     assert tokenizer.decode(tokenizer.encode("a<think>b")) == "a<think>b"
     fmt = FORMATS["think"](tokenizer)
     assert fmt.parse(reply_tokens(fmt, f"a</think>b{EOS}")).final == "b"
+
+
+def test_several_system_turns_are_refused_and_an_empty_one_says_nothing(tokenizer, formats):
+    turns = [Turn("system", "S"), Turn("system", "T"), Turn("system", ""), QUESTION]
+    with pytest.raises(ValueError, match=r"turn 2 is one more system turn.*; turn 3 is one more"):
+        formats["think"].prompt(turns)
+    fmt = FORMATS["think"](tokenizer, System(identity="S"))
+    assert fmt.prompt([Turn("system", ""), QUESTION]) == formats["think"].prompt([QUESTION])
+    assert FORMATS["think"](tokenizer, System(identity="")).prompt([QUESTION]) == formats["think"].prompt(
+        [QUESTION]
+    )

@@ -7,14 +7,13 @@ import subprocess
 import sys
 
 import pytest
+from tiktoken_ranks import QWEN_PATTERN, from_tiktoken_ranks
 
 from jaxtax.chat.tokenizer import TOKENIZER_FILES, load_tokenizer
 from jaxtax.chat.vocabulary import (
     CONTROL_TOKENS,
     HEADER_WORDS,
-    QWEN_PATTERN,
     build_world_tokenizer,
-    from_tiktoken_ranks,
     train_bpe_tokenizer,
 )
 

@@ -20,9 +20,10 @@ from jaxtax.checkpoint import load_model, save_model
 from jaxtax.config import EvalConfig, Sampling, SystemMessage, Task
 from jaxtax.data import world
 from jaxtax.decoding import Generated
+from jaxtax.decoding.sampling import reply_seed
 from jaxtax.evals import run
 from jaxtax.evals.lines import append_lines, keep_lines, read_lines
-from jaxtax.evals.run import evaluate, sampling_seed
+from jaxtax.evals.run import evaluate
 from jaxtax.evals.verdicts import write_summary, write_verdicts
 from jaxtax.model.transformer import Transformer
 
@@ -79,7 +80,19 @@ def batches(monkeypatch):
 def test_an_evaluation_has_the_files_and_fields_that_others_read(whole, home):
     assert {path.name for path in whole.iterdir()} == FILES
     replies, verdicts = read_lines(whole / "replies.jsonl"), read_lines(whole / "verdicts.jsonl")
-    keys = ["task", "id", "repeat", "prompt", "tokens", "finished", "analysis", "final", "text"]
+    keys = [
+        "task",
+        "id",
+        "repeat",
+        "prompt",
+        "tokens",
+        "finished",
+        "analysis",
+        "commentary",
+        "calls",
+        "final",
+    ]
+    keys += ["faults", "text"]
     assert [list(row) for row in replies] == [keys] * 18
     keys = ["task", "id", "repeat", "judge", "outcome", "value", "detail", "quality"]
     assert [list(row) for row in verdicts] == [keys] * 18
@@ -303,8 +316,8 @@ def test_unscored_replies_are_counted_apart_and_leave_the_mean_alone(whole, tmp_
 
 
 def test_seeds_are_stable_and_differ_between_items_and_repeats():
-    assert sampling_seed(0, "gsm8k", "test:1", 0) == 2112436456
-    seeds = {sampling_seed(s, t, i, r) for s in (0, 1) for t in "ab" for i in ("x", "y") for r in (0, 1)}
+    assert reply_seed(0, "gsm8k", "test:1", 0) == 2112436456
+    seeds = {reply_seed(s, t, i, r) for s in (0, 1) for t in "ab" for i in ("x", "y") for r in (0, 1)}
     assert len(seeds) == 16
     assert all(0 <= seed < 2**32 for seed in seeds)
 

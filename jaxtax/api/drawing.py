@@ -10,6 +10,7 @@ from jaxtax.chat.format import ChatFormat, Reply
 from jaxtax.chat.formats import chosen_chat, make_format
 from jaxtax.config import Ask
 from jaxtax.decoding import Generated
+from jaxtax.faults import first_faults
 
 if TYPE_CHECKING:
     from jaxtax.api.model import Model
@@ -129,6 +130,5 @@ def _prompt_tokens(fmt: ChatFormat, asked: Sequence[Question], vocab_size: int) 
                 "they do not belong together"
             )
     if faults:
-        more = [f"and {len(faults) - 5} more"] if len(faults) > 5 else []
-        raise ValueError("\n".join(faults[:5] + more))
+        raise ValueError("\n".join(first_faults(faults, 5)))
     return tokens

@@ -1,6 +1,5 @@
 """What users ask: texts and chats, as turns, with the seed that a reply's sampling depends on."""
 
-import hashlib
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -8,11 +7,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from jaxtax.chat.conversation import Conversation, Turn, without_past_thoughts
+from jaxtax.chat.harmony_text import FUNCTIONS
+from jaxtax.decoding.sampling import reply_seed
+from jaxtax.faults import first_faults
 
 Chat = Conversation | Sequence[Turn] | Sequence[Mapping[str, str]]
 Prompt = str | Chat
 
-_KEYS = ("role", "content", "channel")
+_KEYS = ("role", "content", "channel", "name")
 
 
 @dataclass(frozen=True)
@@ -66,22 +68,16 @@ def questions(
             found.append(Question(name, turns, reply_seed(seed, said, before[said])))
             before[said] += 1
     if faults:
-        more = [f"and {len(faults) - 5} more"] if len(faults) > 5 else []
-        raise ValueError("\n".join(faults[:5] + more))
+        raise ValueError("\n".join(first_faults(faults, 5)))
     return found
-
-
-def reply_seed(seed: int, prompt: str, repeat: int) -> int:
-    """The uint32 that one reply's sampling depends on; the same on every machine and in every order."""
-    name = "\0".join([str(seed), prompt, str(repeat)])
-    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big")
 
 
 def as_turns(prompt: Any, name: str, faults: list[str]) -> tuple[Turn, ...]:
     """The turns of a prompt; what is wrong with it is added to `faults`.
 
     An assistant's message without a channel is an answer; thoughts that an answer has closed are left out, as
-    the models were trained.
+    the models were trained. A message of the role "tool" has the `name` of the function whose result it is,
+    as OpenAI's interface writes it: that of functions.get_weather, where the name is get_weather.
     """
     if isinstance(prompt, str):
         return (Turn("user", prompt),)
@@ -109,6 +105,15 @@ def _as_turn(message: Any, name: str, faults: list[str]) -> Turn:
         keys = ", ".join(f"{key}: {type(value).__name__}" for key, value in message.items()) or "no keys"
         faults.append(f"{name}: found {keys}; expected role and content, texts, and perhaps channel")
         return nothing
-    if channel is None and texts["role"] == "assistant":
-        channel = "final"
-    return Turn(str(texts["role"]), str(texts["content"]), channel)
+    role, tool = str(texts["role"]), texts["name"]
+    if (role == "tool") != isinstance(tool, str) or tool == "":
+        faults.append(
+            f"{name}: found the role {role!r} {'with' if tool else 'without'} a name; a tool's result, and "
+            "nothing else, has the name of the tool, as in get_weather"
+        )
+        return nothing
+    if role == "assistant":
+        channel = channel or "final"
+    elif isinstance(tool, str):
+        role, channel = tool if "." in tool else f"{FUNCTIONS}.{tool}", channel or "commentary"
+    return Turn(role, str(texts["content"]), channel)

@@ -20,6 +20,7 @@ from jaxtax.artifact import read_json, recorded_digest, write_json, write_text
 from jaxtax.ask.print import reply_row
 from jaxtax.config import Ask
 from jaxtax.evals.lines import append_lines, keep_lines, read_lines
+from jaxtax.faults import first_faults
 from jaxtax.progress import Progress, quiet
 
 
@@ -137,8 +138,7 @@ def read_prompts(file: Path) -> list[Asked]:
     if not found and not faults:
         faults.append(f"{file} holds no prompts")
     if faults:
-        more = [f"and {len(faults) - 5} more"] if len(faults) > 5 else []
-        raise ValueError("\n".join(faults[:5] + more))
+        raise ValueError("\n".join(first_faults(faults, 5)))
     return found
 
 

@@ -11,16 +11,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from jaxtax.chat.conversation import Conversation, System, Turn
-from jaxtax.chat.format import (
-    Piece,
-    Rendered,
-    Reply,
-    assemble,
-    check_control_tokens,
-    identity_only,
-    simple_turn_faults,
-)
+from jaxtax.chat.conversation import System, Turn
+from jaxtax.chat.format import ChatFormat, Piece, Reply, identity_only, simple_turn_faults
 from jaxtax.chat.tokenizer import Tokenizer
 
 # What Qwen2.5's template says where a conversation has no system message.
@@ -38,6 +30,7 @@ class Layout:
       thinks: whether it has thoughts, and so markers; without, it is the answer and nothing else.
       think: what follows `<|im_start|>` before a thought.
       before_thought, after_thought: belong to the thought's text.
+      before_answer: stands before an answer's text, behind the "Answer: ".
       answer_prefix: when an answer is made to begin with "Answer: "; "absent": if it has no "Answer:" in it.
     """
 
@@ -46,6 +39,7 @@ class Layout:
     think: str = "think\n"
     before_thought: str = ""
     after_thought: str = "\n"
+    before_answer: str = ""
     answer_prefix: Literal["never", "absent", "always"] = "absent"
 
 
@@ -54,67 +48,38 @@ S1 = Layout("s1")
 # git-disl/Safety-Tax, data/construct_*.py. Its s1K and LIMO rows can say "Answer: Answer: 4".
 SAFETY_TAX_S1K = Layout("safety_tax_s1k", answer_prefix="always")
 SAFETY_TAX_DIRECT_REFUSAL = Layout("safety_tax_direct_refusal", before_thought=" ", after_thought="")
-SAFETY_TAX_SAFECHAIN = Layout("safety_tax_safechain", think="think\n\n")
+# It cuts R1's reply at "</think>" and strips what comes before: "<think>" stays, and so do the newlines
+# behind.
+SAFETY_TAX_SAFECHAIN = Layout(
+    "safety_tax_safechain", think="think\n\n", before_thought="<think>\n", before_answer="\n\n"
+)
 
 
-class ChatmlFormat:
+class ChatmlFormat(ChatFormat):
     """Plain ChatML: Qwen2.5-Instruct, and LIMO, whose thoughts are part of the answer.
 
-    The attributes are those of format.ChatFormat, and `layout`, in which its kinds differ.
+    `<|im_start|>assistant` and its newline are given; everything after them is learned with its turn, the
+    newline behind `<|im_end|>` included. Read answers are without the "Answer: " that the layout puts before
+    them. A reply without any marker is an answer, though not a well-formed one where the layout has markers.
+
+    `layout` is in what its kinds differ.
     """
 
+    name = PLAIN.name
     control_tokens: ClassVar[tuple[str | None, ...]] = (_END_OF_TEXT, _START, _END)
+    needed = (_END_OF_TEXT, _START, _END)
+    stops = (_END, _END_OF_TEXT)
+    pad = _END_OF_TEXT
     layout = PLAIN
 
     def __init__(self, tokenizer: Tokenizer, system: System | None = None) -> None:
         """Binds the format to a tokenizer; of `system` only the identity has a place, as the whole text."""
-        check_control_tokens(self.layout.name, tokenizer, (_END_OF_TEXT, _START, _END))
-        self.tokenizer = tokenizer
-        self.stop_ids = (tokenizer.control_id(_END), tokenizer.control_id(_END_OF_TEXT))
-        self.pad_id = tokenizer.control_id(_END_OF_TEXT)
-        self._identity = identity_only(self.layout.name, system) or IDENTITY
-        self._names = {index: token for token, index in tokenizer.control_ids.items()}
-
-    def render(self, conversation: Conversation) -> Rendered:
-        """Tokens and loss weights of a whole conversation.
-
-        `<|im_start|>assistant` and its newline are given; everything after them is learned with its turn, the
-        newline behind `<|im_end|>` included.
-
-        Raises:
-          ValueError: a turn the format cannot express, or no learned token; names the conversation.
-        """
-        return assemble(conversation, self._faults(conversation.turns), self._pieces(conversation.turns))
-
-    def prompt(self, turns: Sequence[Turn]) -> list[int]:
-        """Tokens of `turns` as history, then `<|im_start|>assistant` and a newline.
-
-        Raises:
-          ValueError: a turn the format cannot express.
-        """
-        faults = self._faults(turns)
-        if faults:
-            raise ValueError("; ".join(faults))
-        return [token for piece in (*self._pieces(turns), *self._opening()) for token in piece.tokens]
-
-    def pieces(self, conversation: Conversation) -> list[tuple[str, bool]]:
-        """The rendered conversation as (text, learned) in order, for reading."""
-        return [(piece.text, piece.learned) for piece in self._pieces(conversation.turns)]
-
-    def parse(self, tokens: Sequence[int], strict: bool = False) -> Reply:
-        """The thought and the answer in `tokens`, generated after `prompt`; every sequence has a reading.
-
-        The answer is without the "Answer: " that the layout puts before it. A reply without any marker is an
-        answer, though not a well-formed one where the layout has markers.
-
-        Args:
-          strict: a reply with any fault (one that was cut off has one) gives no answer.
-        """
-        reply = self._read(tokens)
-        return reply.strictly() if strict else reply
+        super().__init__(tokenizer, system)
+        said = identity_only(self.name, system)
+        self._identity = IDENTITY if said is None else said
 
     def _faults(self, turns: Sequence[Turn]) -> list[str]:
-        return simple_turn_faults(self.layout.name, turns, thoughts=self.layout.thinks)
+        return simple_turn_faults(self.name, turns, thoughts=self.layout.thinks)
 
     def _pieces(self, turns: Sequence[Turn]) -> Iterator[Piece]:
         if turns[0].role != "system":
@@ -130,6 +95,10 @@ class ChatmlFormat:
                 yield self._control(_END, turn.learn)
                 yield self._text("\n", turn.learn)
 
+    def _prompt_pieces(self, turns: Sequence[Turn]) -> Iterator[Piece]:
+        yield from self._pieces(turns)
+        yield from self._opening()
+
     def _message(self, role: str, text: str) -> Iterator[Piece]:
         yield self._control(_START, False)
         yield self._text(f"{role}\n{text}", False)
@@ -144,21 +113,19 @@ class ChatmlFormat:
         """A thought or an answer, behind its marker."""
         layout = self.layout
         thought = turn.channel == "analysis"
-        if layout.thinks:
-            yield self._control(_START, turn.learn)
-            yield self._text(layout.think if thought else "answer\n", turn.learn)
         text = turn.text
         if thought:
             text = f"{layout.before_thought}{text}{layout.after_thought}"
-        elif layout.answer_prefix == "always" or (layout.answer_prefix == "absent" and _ANSWER not in text):
-            text = f"{_ANSWER} {text}"
+        else:
+            absent = _ANSWER not in text
+            text = f"{layout.before_answer}{text}"
+            if layout.answer_prefix == "always" or (layout.answer_prefix == "absent" and absent):
+                text = f"{_ANSWER} {text}"
+        if layout.thinks:
+            yield self._control(_START, turn.learn)
+            # One piece: a text that begins with newlines shares a token with the marker's.
+            text = (layout.think if thought else "answer\n") + text
         yield self._text(text, turn.learn)
-
-    def _text(self, text: str, learned: bool) -> Piece:
-        return Piece(text, self.tokenizer.encode(text), learned)
-
-    def _control(self, token: str, learned: bool) -> Piece:
-        return Piece(token, [self.tokenizer.control_id(token)], learned)
 
     def _read(self, tokens: Sequence[int]) -> Reply:
         sections: list[list[int]] = [[]]  # the first is what stands before any marker
@@ -205,7 +172,7 @@ class ChatmlFormat:
         for text in marked:
             word, _, body = text.partition("\n")
             if word.strip() == "think":
-                thoughts.append(body.strip())
+                thoughts.append(self._bare_thought(body))
                 last = "analysis"
             elif word.strip() == "answer":
                 finals.append(self._bare(body))
@@ -216,31 +183,41 @@ class ChatmlFormat:
         return thoughts, finals, last
 
     def _bare(self, answer: str) -> str:
-        """An answer without the layout's prefix."""
-        if self.layout.answer_prefix == "never" or not answer.startswith(_ANSWER):
+        """An answer without what the layout puts before it, however much space a model puts there."""
+        if self.layout.answer_prefix == "never":
             return answer
-        return answer.removeprefix(_ANSWER).removeprefix(" ")
+        answer = answer.removeprefix(self.layout.before_answer)
+        return answer.removeprefix(_ANSWER).lstrip() if answer.startswith(_ANSWER) else answer
+
+    def _bare_thought(self, text: str) -> str:
+        """A thought without what the layout puts before it, of which there may only be the beginning yet."""
+        text, mark = text.strip(), self.layout.before_thought.strip()
+        return "" if mark.startswith(text) else text.removeprefix(mark).strip()
 
 
 class S1Format(ChatmlFormat):
     """s1 and s1.1."""
 
+    name = S1.name
     layout = S1
 
 
 class SafetyTaxS1kFormat(ChatmlFormat):
     """The Safety Tax paper's own rendering of s1K, and of LIMO."""
 
+    name = SAFETY_TAX_S1K.name
     layout = SAFETY_TAX_S1K
 
 
 class SafetyTaxDirectRefusalFormat(ChatmlFormat):
     """The Safety Tax paper's DirectRefusal: a space before the thought, no newline behind it."""
 
+    name = SAFETY_TAX_DIRECT_REFUSAL.name
     layout = SAFETY_TAX_DIRECT_REFUSAL
 
 
 class SafetyTaxSafechainFormat(ChatmlFormat):
-    """The Safety Tax paper's SafeChain: one more newline before the thought."""
+    """The Safety Tax paper's SafeChain: one more newline and a literal "<think>" before the thought."""
 
+    name = SAFETY_TAX_SAFECHAIN.name
     layout = SAFETY_TAX_SAFECHAIN

@@ -27,7 +27,9 @@ class Namespace:
 
 @dataclass(frozen=True)
 class System:
-    """What a system message says, where a chat format writes one; None: what that format says by itself.
+    """What a system message says, where a chat format writes one.
+
+    None is what that format says by itself; an empty text is nothing in its place.
 
     Attributes:
       identity: who the model is, a sentence.
@@ -49,7 +51,8 @@ class Turn:
     """One message.
 
     Attributes:
-      role: "system", "developer", "user", "assistant" or the name of a tool.
+      role: "system", "developer", "user", "assistant" or, for a tool's result, the name of the tool as it is
+        called, as in "functions.get_weather".
       text: what is said, without any control tokens.
       channel: "analysis", "commentary" or "final" for an assistant's message; None elsewhere.
       learn: whether the loss is taken on this message.

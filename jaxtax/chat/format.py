@@ -1,11 +1,13 @@
 """What every chat format offers, and what it gives back: the rest of the package knows no single one."""
 
-from collections.abc import Iterable, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar, NamedTuple, Protocol
+from typing import ClassVar, NamedTuple
 
 from jaxtax.chat.conversation import Conversation, System, Turn
 from jaxtax.chat.tokenizer import Tokenizer
+from jaxtax.faults import nearest
 
 
 @dataclass(frozen=True)
@@ -57,20 +59,23 @@ class Piece(NamedTuple):
     learned: bool
 
 
-class ChatFormat(Protocol):
+class ChatFormat(ABC):
     """Render, prompt and parse with one tokenizer.
 
     Attributes:
+      name: the key that configs and model directories call it by.
       control_tokens: those that a new tokenizer gets for this format, in order; None is a reserved place.
-      tokenizer: the tokenizer.
-      stop_ids: tokens that end a reply.
-      pad_id: the token for empty places.
+      needed: control tokens without which a tokenizer does not fit.
+      stops: control tokens that end a reply.
+      pad: the control token for empty places.
+      tokenizer, stop_ids, pad_id: the tokenizer, and the ids of `stops` and `pad` in it.
     """
 
+    name: ClassVar[str]
     control_tokens: ClassVar[tuple[str | None, ...]]
-    tokenizer: Tokenizer
-    stop_ids: tuple[int, ...]
-    pad_id: int
+    needed: ClassVar[tuple[str, ...]]
+    stops: ClassVar[tuple[str, ...]]
+    pad: ClassVar[str]
 
     def __init__(self, tokenizer: Tokenizer, system: System | None = None) -> None:
         """Binds the format to a tokenizer.
@@ -81,7 +86,19 @@ class ChatFormat(Protocol):
         Raises:
           ValueError: the tokenizer lacks the format's control tokens, or `system` says what it cannot.
         """
-        ...
+        if missing := self.missing(tokenizer):
+            raise ValueError(
+                f"the {self.name} format needs control tokens that the tokenizer lacks: {missing}"
+            )
+        self.tokenizer = tokenizer
+        self.stop_ids = tuple(tokenizer.control_id(token) for token in self.stops)
+        self.pad_id = tokenizer.control_id(self.pad)
+        self._names = {index: token for token, index in tokenizer.control_ids.items()}
+
+    @classmethod
+    def missing(cls, tokenizer: Tokenizer) -> list[str]:
+        """The needed control tokens that `tokenizer` does not have."""
+        return [token for token in cls.needed if token not in tokenizer.control_ids]
 
     def render(self, conversation: Conversation) -> Rendered:
         """Tokens and loss weights of a whole conversation.
@@ -91,7 +108,8 @@ class ChatFormat(Protocol):
         Raises:
           ValueError: a turn the format cannot express, or no learned token; names the conversation.
         """
-        ...
+        turns = conversation.turns
+        return _assemble(conversation, self._faults(turns), self._pieces(turns))
 
     def prompt(self, turns: Sequence[Turn]) -> list[int]:
         """Tokens of `turns` as history, then the opening of a reply: what generation starts from.
@@ -99,11 +117,13 @@ class ChatFormat(Protocol):
         Raises:
           ValueError: a turn the format cannot express.
         """
-        ...
+        if faults := self._faults(turns):
+            raise ValueError("; ".join(faults))
+        return [token for piece in self._prompt_pieces(turns) for token in piece.tokens]
 
     def pieces(self, conversation: Conversation) -> list[tuple[str, bool]]:
         """The rendered conversation as (text, learned) in order, for reading."""
-        ...
+        return [(piece.text, piece.learned) for piece in self._pieces(conversation.turns)]
 
     def parse(self, tokens: Sequence[int], strict: bool = False) -> Reply:
         """The channels of `tokens`, generated after `prompt`; every sequence of numbers has a reading.
@@ -111,10 +131,33 @@ class ChatFormat(Protocol):
         Args:
           strict: a reply with any fault (one that was cut off has one) gives no answer.
         """
-        ...
+        reply = self._read(tokens)
+        return reply.strictly() if strict else reply
+
+    @abstractmethod
+    def _faults(self, turns: Sequence[Turn]) -> list[str]:
+        """What keeps `turns` from being rendered, in words."""
+
+    @abstractmethod
+    def _pieces(self, turns: Sequence[Turn]) -> Iterator[Piece]:
+        """A whole conversation."""
+
+    @abstractmethod
+    def _prompt_pieces(self, turns: Sequence[Turn]) -> Iterator[Piece]:
+        """`turns` as history, and the opening of a reply."""
+
+    @abstractmethod
+    def _read(self, tokens: Sequence[int]) -> Reply:
+        """What a reply says, with its faults."""
+
+    def _text(self, text: str, learned: bool) -> Piece:
+        return Piece(text, self.tokenizer.encode(text), learned)
+
+    def _control(self, token: str, learned: bool) -> Piece:
+        return Piece(token, [self.tokenizer.control_id(token)], learned)
 
 
-def assemble(conversation: Conversation, faults: Sequence[str], pieces: Iterable[Piece]) -> Rendered:
+def _assemble(conversation: Conversation, faults: Sequence[str], pieces: Iterable[Piece]) -> Rendered:
     """The `pieces` of a conversation as one row of tokens; they are not made if there are `faults`.
 
     Raises:
@@ -137,15 +180,7 @@ def assemble(conversation: Conversation, faults: Sequence[str], pieces: Iterable
     return Rendered(tokens, weights)
 
 
-def check_control_tokens(name: str, tokenizer: Tokenizer, needed: Iterable[str]) -> None:
-    """Checks that the tokenizer has what the format called `name` is made of.
-
-    Raises:
-      ValueError: it has not; the message lists what it lacks.
-    """
-    missing = [token for token in needed if token not in tokenizer.control_ids]
-    if missing:
-        raise ValueError(f"the {name} format needs control tokens that the tokenizer lacks: {missing}")
+_SIMPLE_ROLES = ["system", "user", "assistant"]
 
 
 def simple_turn_faults(name: str, turns: Sequence[Turn], *, thoughts: bool = True) -> list[str]:
@@ -158,8 +193,11 @@ def simple_turn_faults(name: str, turns: Sequence[Turn], *, thoughts: bool = Tru
     faults = [] if turns else ["it has no turns"]
     for number, turn in enumerate(turns, start=1):
         after = turns[number] if number < len(turns) else None
-        if turn.role not in ("system", "user", "assistant"):
-            faults.append(f"turn {number} is of the role {turn.role!r}, which {name} does not have")
+        if turn.role not in _SIMPLE_ROLES:
+            faults.append(
+                f"turn {number} is of the role {turn.role!r}, which {name} does not have; "
+                f"{nearest(turn.role, _SIMPLE_ROLES)}"
+            )
         elif turn.role != "assistant":
             if turn.channel is not None:
                 faults.append(

@@ -1,6 +1,6 @@
 """The chat formats that a config may name, and the one that a model was trained with.
 
-A new format is one entry of FORMATS: a class with the methods of format.ChatFormat.
+A new format is one entry of FORMATS: a kind of format.ChatFormat.
 """
 
 from pathlib import Path
@@ -15,7 +15,7 @@ from jaxtax.chat.harmony import HarmonyFormat
 from jaxtax.chat.think import ThinkFormat, UnforcedThinkFormat
 from jaxtax.chat.tokenizer import Tokenizer, load_tokenizer
 from jaxtax.config import SystemMessage
-from jaxtax.config_words import nearest
+from jaxtax.faults import nearest
 
 FORMATS: dict[str, type[ChatFormat]] = {
     "harmony": HarmonyFormat,
@@ -38,7 +38,20 @@ def make_format(name: str, tokenizer: Tokenizer, system: System | SystemMessage 
     check_name(name)
     if isinstance(system, SystemMessage):
         system = System(**system.model_dump())
+    if missing := FORMATS[name].missing(tokenizer):
+        fitting = [key for key, kind in FORMATS.items() if not kind.missing(tokenizer)]
+        raise ValueError(
+            f"the {name} format needs control tokens that the tokenizer lacks: {missing}; {_hint(fitting)}"
+        )
     return FORMATS[name](tokenizer, system)
+
+
+def _hint(fitting: list[str]) -> str:
+    if not fitting:
+        return "it fits no chat format; take the tokenizer of the model"
+    if fitting == ["harmony"]:
+        return "this tokenizer fits chat=harmony alone, as that of the tiny world does"
+    return f"this tokenizer fits chat={' or '.join(fitting)}"
 
 
 def check_name(name: str) -> None:

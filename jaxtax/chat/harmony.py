@@ -5,92 +5,89 @@ text is encoded apart, between control tokens: what is learned is known by const
 """
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import lru_cache
 from typing import ClassVar
 
-from jaxtax.chat.conversation import Conversation, System, Turn
-from jaxtax.chat.format import Piece, Rendered, Reply, assemble, check_control_tokens
+from jaxtax.chat.conversation import System, Turn
+from jaxtax.chat.format import ChatFormat, Piece, Reply
 from jaxtax.chat.harmony_reader import Reader
 from jaxtax.chat.harmony_text import CHANNELS, FUNCTIONS, developer_text, system_text
 from jaxtax.chat.tokenizer import Tokenizer
 from jaxtax.chat.vocabulary import CONTROL_TOKENS
+from jaxtax.faults import nearest
 
-_PLAIN_ROLES = ("system", "developer", "user", "assistant")
-_CONSTRAIN = "<|constrain|>"
-_NEEDED = ("start", "channel", "message", "end", "return", "call", "constrain", "endoftext")
+_ROLES = ["system", "developer", "user", "assistant"]
+_START, _CHANNEL, _MESSAGE, _CONSTRAIN = "<|start|>", "<|channel|>", "<|message|>", "<|constrain|>"
+_END, _RETURN, _CALL, _END_OF_TEXT = "<|end|>", "<|return|>", "<|call|>", "<|endoftext|>"
 
 
-class HarmonyFormat:
-    """The layout of gpt-oss; the attributes are those of format.ChatFormat.
+class HarmonyFormat(ChatFormat):
+    """The layout of gpt-oss.
 
     Without `system`, and without a system turn, there is no system message: the tiny world's models have
-    none. gpt-oss was never without one; System() gives it its own.
+    none. gpt-oss was never without one; System() gives it its own. With `system`, what a conversation's
+    leading system turns say are instructions, at the head of the developer's message, as in the published
+    template: so the model is still told its effort. Without it, a system turn is the system message itself.
 
-    `<|end|>` is no stop token: it closes the analysis.
+    `<|start|>assistant` is given before a learned reply, as it is when the model generates; everything that
+    it then has to emit is learned, the opening of a second message included. The last message of an
+    assistant ends with `<|return|>`, a call of a tool with `<|call|>`, all others with `<|end|>`: that is no
+    stop token, it closes the analysis.
     """
 
+    name = "harmony"
     control_tokens: ClassVar[tuple[str | None, ...]] = CONTROL_TOKENS
+    needed = (_START, _CHANNEL, _MESSAGE, _END, _RETURN, _CALL, _CONSTRAIN, _END_OF_TEXT)
+    # Those of the published generation_config.json.
+    stops = (_RETURN, _END_OF_TEXT, _CALL)
+    pad = _END_OF_TEXT
 
     def __init__(self, tokenizer: Tokenizer, system: System | None = None) -> None:
-        check_control_tokens("harmony", tokenizer, [f"<|{name}|>" for name in _NEEDED])
-        self.tokenizer = tokenizer
+        super().__init__(tokenizer, system)
         self._system = system
-        self._id = {name: tokenizer.control_id(f"<|{name}|>") for name in _NEEDED}
-        self.stop_ids = (self._id["return"], self._id["call"])
-        self.pad_id = self._id["endoftext"]
         self._word = lru_cache(maxsize=256)(tokenizer.encode)
         self._header = lru_cache(maxsize=256)(self._make_header)
 
-    def render(self, conversation: Conversation) -> Rendered:
-        """Tokens and loss weights of a whole conversation.
-
-        `<|start|>assistant` is given before a learned reply, as it is when the model generates; everything
-        that it then has to emit is learned, the opening of a second message included. The last message of an
-        assistant ends with `<|return|>`, a call of a tool with `<|call|>`, all others with `<|end|>`.
-
-        Raises:
-          ValueError: a turn the format cannot express, or no learned token; names the conversation.
-        """
-        turns = conversation.turns
-        return assemble(conversation, _turn_faults(turns), self._pieces(self._whole(turns)))
-
-    def prompt(self, turns: Sequence[Turn]) -> list[int]:
-        """Tokens of `turns` as history, then `<|start|>assistant`: what generation starts from.
-
-        Raises:
-          ValueError: a turn the format cannot express.
-        """
+    def _faults(self, turns: Sequence[Turn]) -> list[str]:
         faults = _turn_faults(turns)
-        if faults:
-            raise ValueError("; ".join(faults))
-        pieces = (piece for turn in self._whole(turns) for piece in self._message(turn, _end(turn)))
-        history = [token for piece in pieces for token in piece.tokens]
-        return [*history, self._id["start"], *self._word("assistant")]
+        if self._system is not None:
+            faults += [
+                f"turn {number} is the system's; it has to come first, where it is read as instructions"
+                for number, turn in enumerate(turns, start=1)
+                if turn.role == "system" and any(one.role != "system" for one in turns[: number - 1])
+            ]
+        return faults
 
-    def pieces(self, conversation: Conversation) -> list[tuple[str, bool]]:
-        """The rendered conversation as (text, learned) in order, for reading."""
-        return [(piece.text, piece.learned) for piece in self._pieces(self._whole(conversation.turns))]
+    def _prompt_pieces(self, turns: Sequence[Turn]) -> Iterator[Piece]:
+        for turn in self._whole(turns):
+            yield from self._message(turn, _end(turn))
+        yield from (self._control(_START, False), self._word_piece("assistant", False))
 
-    def parse(self, tokens: Sequence[int], strict: bool = False) -> Reply:
-        """The channels of `tokens`, generated after `<|start|>assistant`; every sequence has a reading.
-
-        Args:
-          strict: a reply with any fault (one that was cut off has one) gives no answer.
-        """
-        reply = Reader(self.tokenizer).read(tokens)
-        return reply.strictly() if strict else reply
+    def _read(self, tokens: Sequence[int]) -> Reply:
+        return Reader(self.tokenizer).read(tokens)
 
     def _whole(self, turns: Sequence[Turn]) -> Sequence[Turn]:
         """`turns` with the system message before them, unless they bring one."""
-        if self._system is None or any(turn.role == "system" for turn in turns):
+        if self._system is None:
             return turns
-        has_functions = any(space.name == FUNCTIONS and space.tools for turn in turns for space in turn.tools)
-        return [Turn("system", system_text(self._system, has_functions)), *turns]
+        said = [turn.text for turn in turns if turn.role == "system"]
+        rest = [turn for turn in turns if turn.role != "system"]
+        if said and rest and rest[0].role == "developer":
+            # One message, as gpt-oss was taught: what the developer adds stands below.
+            developer = rest.pop(0)
+            instructions = [*said, developer.text] if developer.text else said
+            rest.insert(0, replace(developer, text="\n\n".join(instructions)))
+        elif any(said):  # an empty system turn asks for nothing
+            rest.insert(0, Turn("developer", "\n\n".join(said)))
+        has_functions = any(space.name == FUNCTIONS and space.tools for turn in rest for space in turn.tools)
+        return [Turn("system", system_text(self._system, has_functions)), *rest]
 
     def _pieces(self, turns: Sequence[Turn]) -> Iterator[Piece]:
+        turns = self._whole(turns)
         for place, turn in enumerate(turns):
             last = place == len(turns) - 1
-            end = "return" if last and turn.role == "assistant" and turn.channel == "final" else _end(turn)
+            end = _RETURN if last and turn.role == "assistant" and turn.channel == "final" else _end(turn)
             before = turns[place - 1] if place > 0 else None
             # After a learned thought the model opens the next message itself; a call or an answer stopped it.
             learn_start = (
@@ -98,11 +95,11 @@ class HarmonyFormat:
                 and before is not None
                 and before.learn
                 and before.channel != "final"
-                and _end(before) == "end"
+                and _end(before) == _END
             )
             # A final message in the middle ends with <|end|> because it is history there; a model that
             # learned to emit that would never stop.
-            learn_end = turn.learn and (end != "end" or turn.channel != "final")
+            learn_end = turn.learn and (end != _END or turn.channel != "final")
             yield from self._message(turn, end, learn_start, learn_end)
 
     def _message(
@@ -114,7 +111,7 @@ class HarmonyFormat:
             turn.role, turn.channel, turn.recipient, turn.content_type, learn_start, turn.learn
         )
         text = developer_text(turn.text, turn.tools) if turn.role == "developer" else turn.text
-        yield Piece(text, self.tokenizer.encode(text), turn.learn)
+        yield self._text(text, turn.learn)
         yield self._control(end, learn_end)
 
     def _make_header(
@@ -127,37 +124,42 @@ class HarmonyFormat:
         learn: bool,
     ) -> list[Piece]:
         """Everything before the text: `<|start|>role to=tool<|channel|>channel type<|message|>`."""
-        pieces = [self._control("start", learn_start), self._text(role, learn_start)]
-        if role not in _PLAIN_ROLES:  # a tool's result names whom it is for
+        pieces = [self._control(_START, learn_start), self._word_piece(role, learn_start)]
+        if role not in _ROLES:  # a tool's result names whom it is for
             recipient = "assistant"
         if recipient is not None:
-            pieces.append(self._text(f" to={recipient}", learn))
+            pieces.append(self._word_piece(f" to={recipient}", learn))
         if channel is not None:
-            pieces += [self._control("channel", learn), self._text(channel, learn)]
+            pieces += [self._control(_CHANNEL, learn), self._word_piece(channel, learn)]
         if content_type is not None and content_type.startswith(_CONSTRAIN):
-            pieces += [self._text(" ", learn), self._control("constrain", learn)]
-            pieces.append(self._text(content_type.removeprefix(_CONSTRAIN), learn))
+            pieces += [self._word_piece(" ", learn), self._control(_CONSTRAIN, learn)]
+            pieces.append(self._word_piece(content_type.removeprefix(_CONSTRAIN), learn))
         elif content_type is not None:
-            pieces.append(self._text(f" {content_type}", learn))
-        return [*pieces, self._control("message", learn)]
+            pieces.append(self._word_piece(f" {content_type}", learn))
+        return [*pieces, self._control(_MESSAGE, learn)]
 
-    def _text(self, text: str, learned: bool) -> Piece:
+    def _word_piece(self, text: str, learned: bool) -> Piece:
+        """As `_text`, for the few words of headers."""
         return Piece(text, self._word(text), learned)
-
-    def _control(self, name: str, learned: bool) -> Piece:
-        return Piece(f"<|{name}|>", [self._id[name]], learned)
 
 
 def _end(turn: Turn) -> str:
     """The token that closes a turn of the past."""
-    return "call" if turn.recipient is not None else "end"
+    return _CALL if turn.recipient is not None else _END
 
 
 def _turn_faults(turns: Sequence[Turn]) -> list[str]:
     """What keeps `turns` from being rendered, in words."""
     faults = [] if turns else ["it has no turns"]
+    called = {turn.recipient for turn in turns}
     for number, turn in enumerate(turns, start=1):
         name = f"turn {number}"
+        # A result is that of a tool in a namespace, as in "functions.f", or of one that was called.
+        if turn.role not in _ROLES and "." not in turn.role and turn.role not in called:
+            faults.append(
+                f"{name} is of the role {turn.role!r}; {nearest(turn.role, _ROLES)}, or the tool whose "
+                "result it is, as it was called or with its namespace: functions.get_weather"
+            )
         if turn.role == "assistant" and turn.channel not in CHANNELS:
             faults.append(f"{name} needs a channel of {CHANNELS}, not {turn.channel!r}")
         if turn.role in ("system", "developer", "user") and turn.channel is not None:

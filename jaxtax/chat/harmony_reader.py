@@ -37,7 +37,7 @@ class Reader:
         ended_by = None
         for place, token in enumerate(tokens):
             name = self._names.get(token)
-            if name in ("return", "call"):
+            if name in ("return", "call", "endoftext"):
                 self._close()
                 ended_by = name
                 if place < len(tokens) - 1:
@@ -45,7 +45,9 @@ class Reader:
                 break
             self._take(token, name, place)
         else:
-            if self._open is not None and self._open.opened:
+            if self._open is None:
+                self._faults.append("cut off between messages")
+            elif self._open.opened:
                 self._faults.append(f"cut off in the {self._decode(self._open.channel) or 'unnamed'} channel")
             self._close()
         finals = self._said("final")

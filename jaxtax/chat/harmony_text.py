@@ -19,11 +19,17 @@ Schema = Mapping[str, Any]
 
 
 def system_text(system: System, has_functions: bool) -> str:
-    """What the system message says; `has_functions`: a developer's message declares functions."""
-    top = [system.identity or IDENTITY, f"Knowledge cutoff: {system.knowledge_cutoff or KNOWLEDGE_CUTOFF}"]
-    if system.date is not None:
-        top.append(f"Current date: {system.date}")
-    sections = ["\n".join(top), f"Reasoning: {system.effort or EFFORT}"]
+    """What the system message says; `has_functions`: a developer's message declares functions.
+
+    A setting that is None says what gpt-oss was trained with, one that is empty leaves its line out.
+    """
+    identity = IDENTITY if system.identity is None else system.identity
+    cutoff = KNOWLEDGE_CUTOFF if system.knowledge_cutoff is None else system.knowledge_cutoff
+    effort = EFFORT if system.effort is None else system.effort
+    top = [identity, f"Knowledge cutoff: {cutoff}" if cutoff else ""]
+    top.append(f"Current date: {system.date}" if system.date else "")
+    sections = ["\n".join(filter(None, top)), f"Reasoning: {effort}"]
+    sections = [section for section in sections if section]
     if system.tools:
         sections.append(_tools_text(system.tools))
     channels = f"# Valid channels: {', '.join(CHANNELS)}. Channel must be included for every message."

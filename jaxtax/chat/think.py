@@ -10,16 +10,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import ClassVar
 
-from jaxtax.chat.conversation import Conversation, System, Turn
-from jaxtax.chat.format import (
-    Piece,
-    Rendered,
-    Reply,
-    assemble,
-    check_control_tokens,
-    identity_only,
-    simple_turn_faults,
-)
+from jaxtax.chat.conversation import System, Turn
+from jaxtax.chat.format import ChatFormat, Piece, Reply, identity_only, simple_turn_faults
 from jaxtax.chat.tokenizer import Tokenizer
 
 # With the bars and the spaces that DeepSeek spells its markers with: U+FF5C and U+2581.
@@ -31,70 +23,51 @@ _OPEN, _CLOSE = "<think>", "</think>"
 _NEEDED = (_END, _USER, _ASSISTANT, _BEGIN, _OPEN, _CLOSE)
 
 
-class ThinkFormat:
+class ThinkFormat(ChatFormat):
     """R1's layout, with a prompt that opens the thought.
 
-    The attributes are those of format.ChatFormat, and `forced`: whether the prompt opens the thought, so that
-    the model only goes on with it.
+    What the prompt gives is not learned; everything after it is learned with its turn, the token that ends it
+    included. An answer without a thought has an empty one where the prompt opens it.
+
+    `forced` says whether the prompt opens the thought, so that the model only goes on with it.
     """
 
+    name = "think"
     # In the order of the distilled Qwen models, where they have the ids from 151643 on.
     control_tokens: ClassVar[tuple[str | None, ...]] = (*_NEEDED[:4], "<|EOT|>", *_NEEDED[4:])
+    needed = _NEEDED
+    stops = (_END,)
+    pad = _END
     forced = True
-    _name = "think"
 
     def __init__(self, tokenizer: Tokenizer, system: System | None = None) -> None:
         """Binds the format to a tokenizer; of `system` only the identity has a place, as the whole text."""
-        check_control_tokens(self._name, tokenizer, _NEEDED)
-        self.tokenizer = tokenizer
-        self.stop_ids = (tokenizer.control_id(_END),)
-        self.pad_id = tokenizer.control_id(_END)
-        self._identity = identity_only(self._name, system)
-        self._names = {index: token for token, index in tokenizer.control_ids.items()}
+        super().__init__(tokenizer, system)
+        self._identity = identity_only(self.name, system)
 
-    def render(self, conversation: Conversation) -> Rendered:
-        """Tokens and loss weights of a whole conversation.
+    def _faults(self, turns: Sequence[Turn]) -> list[str]:
+        faults = simple_turn_faults(self.name, turns)
+        systems = [number for number, turn in enumerate(turns, start=1) if turn.role == "system"]
+        # The templates of the R1 models differ: some join them, others show the last alone.
+        faults += [
+            f"turn {number} is one more system turn, and {self.name} has a place for one; put all into that"
+            for number in systems[1:]
+        ]
+        return faults
 
-        What the prompt gives is not learned; everything after it is learned with its turn, the token that
-        ends it included. An answer without a thought has an empty one where the prompt opens it.
-
-        Raises:
-          ValueError: a turn the format cannot express, or no learned token; names the conversation.
-        """
-        turns = conversation.turns
-        return assemble(conversation, simple_turn_faults(self._name, turns), self._pieces(turns))
-
-    def prompt(self, turns: Sequence[Turn]) -> list[int]:
-        """Tokens of `turns` as history, then the assistant's marker and, if forced, the opening of a thought.
-
-        Raises:
-          ValueError: a turn the format cannot express.
-        """
-        faults = simple_turn_faults(self._name, turns)
-        if faults:
-            raise ValueError("; ".join(faults))
-        opening = [self._control(_ASSISTANT, False), *(self._opened(False) if self.forced else ())]
+    def _prompt_pieces(self, turns: Sequence[Turn]) -> Iterator[Piece]:
         # Another turn will follow, so every answer is past, and none is learned.
-        history = self._pieces([replace(turn, learn=False) for turn in turns], all_past=True)
-        return [token for piece in (*history, *opening) for token in piece.tokens]
+        yield from self._laid_out([replace(turn, learn=False) for turn in turns], all_past=True)
+        yield self._control(_ASSISTANT, False)
+        if self.forced:
+            yield from self._opened(False)
 
-    def pieces(self, conversation: Conversation) -> list[tuple[str, bool]]:
-        """The rendered conversation as (text, learned) in order, for reading."""
-        return [(piece.text, piece.learned) for piece in self._pieces(conversation.turns)]
+    def _pieces(self, turns: Sequence[Turn]) -> Iterator[Piece]:
+        return self._laid_out(turns, all_past=False)
 
-    def parse(self, tokens: Sequence[int], strict: bool = False) -> Reply:
-        """The thought and the answer in `tokens`, generated after `prompt`; every sequence has a reading.
-
-        Args:
-          strict: a reply with any fault (one that was cut off has one) gives no answer.
-        """
-        reply = self._read(tokens)
-        return reply.strictly() if strict else reply
-
-    def _pieces(self, turns: Sequence[Turn], all_past: bool = False) -> Iterator[Piece]:
+    def _laid_out(self, turns: Sequence[Turn], *, all_past: bool) -> Iterator[Piece]:
         yield self._control(_BEGIN, False)
-        said = [turn.text for turn in turns if turn.role == "system"]
-        if system := "\n\n".join(said) if said else self._identity:
+        if system := next((turn.text for turn in turns if turn.role == "system"), self._identity):
             yield self._text(system, False)
         thought: Turn | None = None
         for place, turn in enumerate(turns):
@@ -124,12 +97,6 @@ class ThinkFormat:
 
     def _opened(self, learned: bool) -> list[Piece]:
         return [self._control(_OPEN, learned), self._text("\n", learned)]
-
-    def _text(self, text: str, learned: bool) -> Piece:
-        return Piece(text, self.tokenizer.encode(text), learned)
-
-    def _control(self, token: str, learned: bool) -> Piece:
-        return Piece(token, [self.tokenizer.control_id(token)], learned)
 
     def _read(self, tokens: Sequence[int]) -> Reply:
         thought: list[int] = []
@@ -167,5 +134,5 @@ class ThinkFormat:
 class UnforcedThinkFormat(ThinkFormat):
     """R1's layout from before February 2025, and of R1-0528: the model opens its thought itself."""
 
+    name = "think_unforced"
     forced = False
-    _name = "think_unforced"

@@ -132,6 +132,7 @@ def _checked_seeds(
     model: Transformer, prompts: Sequence[Sequence[int]], seeds: Sequence[int] | None, decoding: Decoding
 ) -> list[int]:
     """One seed per prompt, once prompts and seeds are found to fit."""
+    _ = model.unembed_VD  # a model that scores labels has none, and says so before anything is computed
     check_prompts(prompts, max_new_tokens=decoding.max_new_tokens, max_context=model.cfg.max_context)
     if seeds is None and decoding.temperature > 0:
         raise ValueError(

@@ -1,5 +1,6 @@
 """How the next token is chosen from its scores."""
 
+import hashlib
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,3 +51,13 @@ def choose_tokens(logits_BV: Array, keys_B: Array, step: Array | int, decoding: 
     inside_BV = jnp.cumsum(chances_BV, axis=-1) - chances_BV < decoding.top_p
     rank_B = jnp.argmax(jnp.where(inside_BV, ranked_BV + noise_BV, -jnp.inf), axis=-1)
     return jnp.take_along_axis(order_BV, rank_B[:, None], axis=-1)[:, 0].astype(jnp.int32)
+
+
+def reply_seed(*name: str | int) -> int:
+    """The uint32 that one reply's sampling depends on; the same on every machine and in every order.
+
+    Args:
+      name: what tells the reply from all others: the run's seed, its prompt, the number of its repeat.
+    """
+    joined = "\0".join(map(str, name))
+    return int.from_bytes(hashlib.sha256(joined.encode()).digest()[:4], "big")
