@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 import typer
 
 from jaxtax.cli_output import open_progress, say
+from jaxtax.hosts.start import start
 
 app = typer.Typer(no_args_is_help=True)
 
@@ -36,14 +37,18 @@ def from_hf(
     workers: Workers = None,
 ) -> None:
     """Make a model directory of a Hugging Face checkpoint."""
+    from jaxtax.checkpoint.model_directory import read_description
     from jaxtax.hf.from_hf import from_hf
 
+    start()
     with open_progress("convert") as progress:
         made = from_hf(
             src, dst, dtype=dtype, experts=experts, chat=chat, tokenizer=tokenizer, workers=workers,
             progress=progress,
         )  # fmt: skip
-    say(model=made, next=f"jaxtax convert check {src} {made}")
+    format_name = read_description(made).chat or "not known"
+    why = "" if chat else ", by its tokenizer; one trained in another (s1.1 in s1) needs --chat FORMAT"
+    say(model=made, chat=f"{format_name}{why}", next=f"jaxtax convert check {src} {made}")
 
 
 @app.command(name="to-hf")
@@ -61,6 +66,7 @@ def to_hf(
     """Write a model as transformers and vLLM load it."""
     from jaxtax.hf.to_hf import as_table, to_hf
 
+    start()
     with open_progress("convert") as progress:
         made = to_hf(
             model, dst, dtype=dtype, experts=experts, original=original, workers=workers, progress=progress
@@ -86,6 +92,7 @@ def check(
     from jaxtax.artifact import write_json
     from jaxtax.hf.check import as_table, check
 
+    start()
     with open_progress("check") as progress:
         certificate = check(hf_dir, model, progress=progress)
     if json_path is not None:

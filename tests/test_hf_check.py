@@ -13,10 +13,10 @@ from flax import nnx
 
 from jaxtax.checkpoint import named_arrays, save_model
 from jaxtax.hf.check import as_table, check
-from jaxtax.hf.config import to_hf_config
+from jaxtax.hf.config import to_hf_config, to_openai_config
 from jaxtax.hf.names import expected, to_ours
 from jaxtax.hf.proof import prove
-from jaxtax.hf.same_numbers import compare_numbers
+from jaxtax.hf.same_numbers import _kl_of_labels, compare_numbers
 from jaxtax.hf.same_tensors import compare_tensors
 from jaxtax.model.transformer import Transformer
 from jaxtax.ops import mxfp4
@@ -27,10 +27,10 @@ FORMS = {
 }  # fmt: skip
 
 
-def our_arrays(cfg, tensors, experts):
+def our_arrays(cfg, tensors, experts, layout="hf"):
     """What a right conversion gives, by path."""
     arrays = {}
-    for name, places in expected(cfg, experts).items():
+    for name, places in expected(cfg, experts, layout).items():
         for place in places:
             array = arrays.setdefault(place.ours, np.zeros(place.array_shape, tensors[name].dtype))
             array[... if place.slot is None else place.slot] = to_ours(tensors[name], place)
@@ -115,6 +115,39 @@ def test_a_right_conversion_passes(form, tmp_path):
     if "gpt_oss" in form:
         assert numbers["farthest_position"] > 64 == numbers["yarn_begins_at"]
     assert json.loads(json.dumps(certificate, allow_nan=False)) == certificate
+
+
+@pytest.mark.parametrize("numbers", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_a_checkpoint_in_openais_original_layout_passes(numbers, tmp_path):
+    if numbers:
+        pytest.importorskip("torch")
+    cfg, source = CONFIGS["gpt_oss"], tmp_path / "original"
+    source.mkdir()
+    original = random_tensors(cfg, "mxfp4", layout="openai")
+    write_tensors(source, original)
+    (source / "config.json").write_text(json.dumps(to_openai_config(cfg)))
+    arrays = our_arrays(cfg, original, "mxfp4", "openai")
+    model = save(tmp_path / "model", cfg, arrays, "mxfp4")
+    certificate = check(source, model, numbers=numbers)
+    assert certificate["passed"], certificate
+    places = expected(cfg, "mxfp4", "openai").values()
+    assert certificate["tensors"]["equal"] == sum(map(len, places))  # three of each fused q, k and v
+    assert certificate["checkpoint"]["layout"] == "openai"
+    if numbers:
+        assert certificate["numbers"]["logits"]["largest_kl"] < 1e-8
+    flip_a_bit(original["block.1.attn.qkv.weight"])
+    write_tensors(source, original)
+    (fault,) = check(source, model, numbers=False)["tensors"]["faults"]
+    assert "tensor block.1.attn.qkv.weight and the model's stacks.1.attention.q.kernel" in fault
+
+
+def test_labels_are_compared_each_by_itself():
+    logits = np.array([[2.0, -1.0, 0.5]])
+    assert _kl_of_labels(logits, logits).max() == 0
+    # A softmax does not see what all labels gain alike; their probabilities do.
+    p, q = 1 / (1 + np.exp(-logits)), 1 / (1 + np.exp(-logits - 1))
+    by_hand = (p * np.log(p / q) + (1 - p) * np.log((1 - p) / (1 - q))).sum()
+    np.testing.assert_allclose(_kl_of_labels(logits, logits + 1), [by_hand], rtol=1e-12)
 
 
 def flip_a_bit(array, index=5):

@@ -86,7 +86,7 @@ def test_the_published_configs_of_gpt_oss_are_read_and_written_as_they_are(size,
     raw = published_gpt_oss(assets, size)
     found = read(tmp_path, raw)
     assert found.cfg == SIZES[f"gpt-oss-{size}"] == SIZES[f"gpt-oss-safeguard-{size}"]
-    assert (found.experts, found.dtype, found.layout, found.raw) == ("mxfp4", None, "hf", raw)
+    assert (found.experts, found.layout, found.raw) == ("mxfp4", "hf", raw)
     written = to_hf_config(found.cfg, dtype="bfloat16", experts="mxfp4", raw=raw)
     assert written == raw | {"torch_dtype": "bfloat16"}
     plain = to_hf_config(found.cfg, dtype="bfloat16", raw=raw)
@@ -99,7 +99,7 @@ def test_published_configs_of_qwen_are_read_and_written_as_they_are(name, tmp_pa
     raw, cfg = PUBLISHED[name]
     found = read(tmp_path, raw)
     assert found.cfg == cfg
-    assert (found.experts, found.dtype, found.layout) == ("plain", raw["torch_dtype"], "hf")
+    assert (found.experts, found.layout) == ("plain", "hf")
     assert to_hf_config(found.cfg, dtype=raw["torch_dtype"], raw=raw) == raw
 
 
@@ -135,7 +135,7 @@ def test_the_newer_form_of_transformers_says_the_same(name, assets, tmp_path):
     assert "rope_parameters" in newer
     assert "rope_scaling" not in newer
     old, new = read(tmp_path, raw), read(tmp_path, newer)
-    assert (new.cfg, new.experts, new.dtype) == (old.cfg, old.experts, old.dtype)
+    assert (new.cfg, new.experts) == (old.cfg, old.experts)
 
 
 @pytest.mark.parametrize("name", ["gpt_oss", "gpt_oss-plain-rope", "qwen2-yarn", "qwen2-tied", "llama"])
@@ -375,3 +375,49 @@ def test_what_is_no_file_is_not_read(tmp_path):
 def test_a_model_that_transformers_cannot_compute_is_not_written(cfg, message):
     with pytest.raises(ValueError, match=message):
         to_hf_config(cfg, dtype="float32")
+
+
+@pytest.mark.parametrize("name", [*PUBLISHED, "moderation", "gpt-oss-20b"])
+def test_a_field_that_is_null_gives_a_right_model_or_a_message(name, assets, tmp_path):
+    raw = MODERATION if name == "moderation" else PUBLISHED.get(name, (None, None))[0]
+    raw = published_gpt_oss(assets, "20b") if raw is None else raw
+    whole, refused = read(tmp_path, raw).cfg, []
+    for field in raw:
+        fields = raw | {field: None}
+        try:
+            found = read(tmp_path, fields)
+        except ValueError as error:
+            refused.append((field, str(error)))
+            continue
+        written = to_hf_config(found.cfg, dtype="bfloat16", experts=found.experts, raw=fields)
+        assert read(tmp_path, written).cfg == found.cfg
+        if field not in ("id2label", "architectures", "rope_theta", "num_key_value_heads", "swiglu_limit"):
+            assert found.cfg == replace(whole, tied_embedding=found.cfg.tied_embedding)
+    assert all(field in message for field, message in refused)
+    assert {"hidden_size", "num_hidden_layers", "vocab_size", "model_type"} <= {field for field, _ in refused}
+
+
+def test_yarn_that_is_added_to_a_qwen_lengthens_its_context(tmp_path):
+    yarn = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
+    found = read(tmp_path, QWEN | WIDE | INSTRUCT | {"rope_scaling": yarn})
+    assert found.cfg.max_context == 131_072
+    assert found.cfg.rope.original_context == 32_768
+    assert read(tmp_path, to_hf_config(found.cfg, dtype="bfloat16", raw=found.raw)).cfg == found.cfg
+
+
+@pytest.mark.parametrize(
+    ("odd", "message"),
+    [
+        ({"layer_types": ["sliding_attention"] * 32}, "layer_types: .* for each of 32 layers"),
+        ({"use_sliding_window": True}, "use_sliding_window: found true, expected false"),
+        ({"pretraining_tp": "two"}, 'pretraining_tp: found "two", expected a whole number'),
+        (
+            {"rope_scaling": {"type": "yarn", "factor": 4.0, "attn_factor": 0.5}},
+            r"rope_scaling\.attn_factor: found 0\.5, expected 1",
+        ),
+    ],
+)
+def test_odd_fields_of_llama_are_refused(odd, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        read(tmp_path, MODERATION | odd)
+    assert read(tmp_path, MODERATION | {"pretraining_tp": 2}).cfg == SIZES["beaver-dam-7b"]

@@ -31,7 +31,6 @@ LLAMA = llama(**SHARED, num_layers=2)
 FORMS = {
     "gpt_oss": (GPT_OSS, "plain", "hf"),
     "gpt_oss-mxfp4": (GPT_OSS, "mxfp4", "hf"),
-    "gpt_oss-openai": (GPT_OSS, "plain", "openai"),
     "gpt_oss-openai-mxfp4": (GPT_OSS, "mxfp4", "openai"),
     "gpt_oss-three-windows": (replace(GPT_OSS, windows=(5, None, None)), "plain", "hf"),
     "qwen2": (QWEN2, "plain", "hf"),
@@ -149,12 +148,12 @@ def test_published_shapes_of_gpt_oss_20b():
 def test_both_published_layouts_of_gpt_oss_hold_the_same_numbers():
     arrays = {
         path: np.random.default_rng(1).random(array.shape, np.float32)
-        for path, array in abstract_arrays(GPT_OSS, "plain").items()
+        for path, array in abstract_arrays(GPT_OSS, "mxfp4").items()
     }
 
     def tensors(form):
         found = {}
-        for name, places in expected(GPT_OSS, "plain", form).items():
+        for name, places in expected(GPT_OSS, "mxfp4", form).items():
             parts = [to_hf(arrays[p.ours] if p.slot is None else arrays[p.ours][p.slot], p) for p in places]
             found[name] = np.concatenate(parts)
         return found
@@ -164,10 +163,10 @@ def test_both_published_layouts_of_gpt_oss_hold_the_same_numbers():
     for kind in ("weight", "bias"):
         fused = [hf[f"{theirs}self_attn.{name}_proj.{kind}"] for name in "qkv"]
         assert (original[f"{block}attn.qkv.{kind}"] == np.concatenate(fused)).all()
-    # Theirs is x @ W, OpenAI's is W @ x.
     for name, to in (("mlp1", "gate_up"), ("mlp2", "down")):
-        wanted = hf[f"{theirs}mlp.experts.{to}_proj"].swapaxes(1, 2)
-        assert (original[f"{block}mlp.{name}_weight"] == wanted).all()
+        for part in ("blocks", "scales"):
+            wanted = hf[f"{theirs}mlp.experts.{to}_proj_{part}"]
+            assert (original[f"{block}mlp.{name}_weight.{part}"] == wanted).all()
     assert (original[f"{block}attn.out.weight"] == hf[f"{theirs}self_attn.o_proj.weight"]).all()
 
 
@@ -262,6 +261,8 @@ def test_layouts_split_permute_and_merge():
 def test_forms_that_a_family_does_not_have_are_refused():
     with pytest.raises(ValueError, match=r"only gpt_oss models have .* OpenAI's original layout, not qwen2"):
         table(QWEN2, layout="openai")
+    with pytest.raises(ValueError, match="experts in MXFP4; none was published otherwise"):
+        table(GPT_OSS, layout="openai")
     with pytest.raises(ValueError, match="has a head of its own: no tied one, and none for labels"):
         table(replace(GPT_OSS, num_labels=3), layout="openai")
     with pytest.raises(ValueError, match="MXFP4 is a form of experts, and this llama model has none"):

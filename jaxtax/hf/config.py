@@ -33,14 +33,12 @@ class HfModel:
     Attributes:
       cfg: the model.
       experts: how the experts are stored.
-      dtype: of the other weights ("bfloat16", "float16", "float32"); None: the config does not tell.
       raw: the config as it was read.
       layout: how the tensors are named.
     """
 
     cfg: ModelConfig
     experts: Experts
-    dtype: str | None
     raw: dict[str, Any]
     layout: Form
 
@@ -57,7 +55,7 @@ def read_hf_config(directory: Path) -> HfModel:
     fields = Fields(raw)
     layout: Form = "openai" if "model_type" not in raw and "rope_scaling_factor" in raw else "hf"
     if layout == "openai":
-        build, sizes, experts, dtype = gpt_oss, _openai(fields), "mxfp4", None
+        build, sizes, experts = gpt_oss, _openai(fields), "mxfp4"
     else:
         family = fields.values.get("model_type")
         if not isinstance(family, str) or family not in CLASSES:
@@ -67,11 +65,13 @@ def read_hf_config(directory: Path) -> HfModel:
         build, of_family = _FAMILIES[family]
         sizes = _shared(fields, family)
         sizes |= of_family(fields, sizes["num_layers"])
-        experts, dtype = _experts(fields, family), _dtype(fields)
+        experts = _experts(fields, family)
+        # What the tensors are stored in is read from them; here is said what they may be.
+        fields.only("dtype" if "dtype" in fields.values else "torch_dtype", *_DTYPES)
     faults = fields.faults
     if not faults:
         try:
-            return HfModel(build(**sizes), experts, dtype, raw, layout)
+            return HfModel(build(**sizes), experts, raw, layout)
         except ValueError as error:  # sizes that do not go together
             faults = [str(error)]
     raise ValueError(all_faults(f"{path} does not describe a model that jaxtax can hold:", faults))
@@ -85,6 +85,7 @@ def _shared(fields: Fields, family: str) -> dict[str, Any]:
     if "head_dim" not in fields.values and family != "gpt_oss" and embed_dim % num_heads:
         fields.fault("hidden_size", f"a multiple of num_attention_heads={num_heads}, as there is no head_dim")
     num_labels = _num_labels(fields, CLASSES[family])
+    rope = _rope(fields, 10_000.0 if llama_defaults else None, max_context)
     fields.only("hidden_act", "silu")
     fields.only("partial_rotary_factor", 1, 1.0)
     return {
@@ -96,8 +97,9 @@ def _shared(fields: Fields, family: str) -> dict[str, Any]:
         "num_heads": num_heads,
         "num_kv_heads": fields.whole("num_key_value_heads", num_heads if llama_defaults else None),
         "norm_eps": fields.number("rms_norm_eps"),
-        "max_context": max_context,
-        "rope": _rope(fields, 10_000.0 if llama_defaults else None, max_context),
+        # Qwen2.5's cards add YaRN to a config and leave max_position_embeddings at what it extends.
+        "max_context": max(max_context, int(rope.original_context * rope.factor) if rope.factor > 1 else 0),
+        "rope": rope,
         # A score head leaves nothing to tie.
         "tied_embedding": fields.flag("tie_word_embeddings", False) and num_labels is None,
         "num_labels": num_labels,
@@ -139,6 +141,11 @@ def _qwen2(fields: Fields, num_layers: int) -> dict[str, Any]:
 def _llama(fields: Fields, num_layers: int) -> dict[str, Any]:
     fields.only("attention_bias", False)
     fields.only("mlp_bias", False)
+    # Slices of the same matrix products, whatever their number: the mathematics is the same.
+    fields.whole("pretraining_tp", 1)
+    fields.only("use_sliding_window", False)
+    if fields.values.get("layer_types", [_FULL] * num_layers) != [_FULL] * num_layers:
+        fields.fault("layer_types", f"{shown(_FULL)} for each of {num_layers} layers")
     return {}
 
 
@@ -200,6 +207,8 @@ def _rope(fields: Fields, default_theta: float | None, max_context: int) -> Rope
         rope.fault("factor", "at least 1")
     for key in ("mscale", "mscale_all_dim"):
         rope.only(key, 0, 0.0)
+    for key in ("attn_factor", "extrapolation_factor"):  # vLLM computes with them, transformers does not
+        rope.only(key, 1, 1.0)
     usual = 0.1 * math.log(max(factor, 1.0)) + 1.0
     if not math.isclose(rope.number("attention_factor", usual), usual, rel_tol=1e-6):
         rope.fault("attention_factor", f"{usual} (0.1 ln(factor) + 1), or none")
@@ -218,12 +227,6 @@ def _experts(fields: Fields, family: str) -> Experts:
         )
         fields.fault("quantization_config", known)
     return "mxfp4"
-
-
-def _dtype(fields: Fields) -> str | None:
-    name = "dtype" if "dtype" in fields.values else "torch_dtype"
-    fields.only(name, *_DTYPES)
-    return fields.values.get(name)
 
 
 def _openai(fields: Fields) -> dict[str, Any]:

@@ -60,7 +60,7 @@ def to_hf_config(
         fields |= _HARMONY_IDS
     if cfg.family == "gpt_oss" or cfg.head_dim * cfg.num_heads != cfg.embed_dim:
         fields["head_dim"] = cfg.head_dim
-    if cfg.num_labels is not None and len(fields.get("id2label", ())) != cfg.num_labels:
+    if cfg.num_labels is not None and len(fields.get("id2label") or ()) != cfg.num_labels:
         fields["id2label"] = {str(i): f"LABEL_{i}" for i in range(cfg.num_labels)}
         fields["label2id"] = {f"LABEL_{i}": i for i in range(cfg.num_labels)}
     if cfg.moe is not None:

@@ -82,9 +82,9 @@ def from_hf(
     with Job(dst, facts) as job:
         digests = _write(job, arrays, workers or default_workers(), progress)
         if job.process == 0:
-            keep_source(job.content, proved, tokenizer_dir)
+            keep_source(job.content, proved, tokenizer_dir, chat)
             describe(job.content, described)
-            seal(job.content, described, _digest(arrays.specs, digests), _origin(src, proved))
+            seal(job.content, described, _digests(arrays.specs, digests), _origin(src, proved))
             job.finish()
     barrier("finished")
     return dst
@@ -142,14 +142,14 @@ def _is_whole(piece: Piece, digest: str | None) -> bool:
     return values is not None and artifact.digest_piece(values) == digest
 
 
-def _digest(specs: dict[str, Spec], digests: dict[str, str]) -> str:
-    """artifact.digest_tree of the arrays, from the digests of their pieces."""
+def _digests(specs: dict[str, Spec], digests: dict[str, str]) -> dict[str, str]:
+    """artifact.digest_arrays of the arrays, from the digests of their pieces."""
     found = {}
     for name, spec in specs.items():
         count = len(artifact.pieces(spec.shape, spec.dtype.itemsize))
         of_pieces = [digests[f"{name} {number}"] for number in range(count)]
         found[name] = artifact.digest_array(spec.shape, spec.dtype, of_pieces)
-    return artifact.combine_arrays(found)
+    return found
 
 
 def _origin(src: Path, proved: Proved) -> dict[str, Any]:

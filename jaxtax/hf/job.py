@@ -24,11 +24,13 @@ from typing import Any, Self, TypeVar
 
 from jaxtax.artifact import read_json, write_json
 from jaxtax.hf.files import Checkpoint
+from jaxtax.hosts import wait as hosts
 from jaxtax.progress import Progress
 
 T = TypeVar("T")
 
 MEGABYTE = 1_000_000
+_SECONDS = 6 * 3600.0  # for the slowest process to do its share
 
 
 class Job:
@@ -198,7 +200,4 @@ def process_of() -> tuple[int, int]:
 
 def barrier(name: str) -> None:
     """Waits until every process is here."""
-    if process_of()[1] > 1:
-        from jax.experimental.multihost_utils import sync_global_devices
-
-        sync_global_devices(f"jaxtax convert: {name}")
+    hosts.barrier(f"conversion: {name}", seconds=_SECONDS)

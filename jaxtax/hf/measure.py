@@ -2,6 +2,7 @@
 
     python -m jaxtax.hf.measure gpt-oss-20b DIR          # needs three times the bytes of the checkpoint
     python -m jaxtax.hf.measure gpt-oss-120b DIR --sparse
+    python -m jaxtax.hf.measure gpt-oss-20b DIR --layers 2 --check FILE.json   # a certificate, too
 
 Numbers are random, and with --sparse zeros that take no room in the source. Each conversion is a process of
 its own, whose peak of resident memory is read when it ends; `cp` and the conversions all end with a sync.
@@ -89,7 +90,14 @@ def _random_bytes(spec: TensorSpec, size: int, drawn: np.random.Generator) -> by
     return values.astype(dtype).tobytes()
 
 
-def measure(size: str, directory: Path, *, sparse: bool = False, layers: int | None = None) -> dict[str, Any]:
+def measure(
+    size: str,
+    directory: Path,
+    *,
+    sparse: bool = False,
+    layers: int | None = None,
+    certificate: Path | None = None,
+) -> dict[str, Any]:
     """Seconds and bytes of memory of copying, from-hf and to-hf; what they write is removed again.
 
     Args:
@@ -97,6 +105,7 @@ def measure(size: str, directory: Path, *, sparse: bool = False, layers: int | N
       directory: for the files; its disk decides the speed.
       sparse: see `write_random`; the copy is then left out, since it would not be one.
       layers: only so many, to try it out.
+      certificate: where that of the converted model goes; None: none is made.
     """
     cfg = SIZES[size] if layers is None else replace(SIZES[size], num_layers=layers)
     source, model, back = (directory / name for name in ("source", "model", "back"))
@@ -111,6 +120,8 @@ def measure(size: str, directory: Path, *, sparse: bool = False, layers: int | N
             found["cp"] = _timed(["cp", "-r", str(source), str(back)])
             shutil.rmtree(back)
         found["from-hf"] = _convert("from-hf", source, model)
+        if certificate is not None:
+            _prove(source, model, certificate)
         if sparse:
             shutil.rmtree(source)
         found["to-hf"] = _convert("to-hf", model, back)
@@ -121,6 +132,11 @@ def measure(size: str, directory: Path, *, sparse: bool = False, layers: int | N
 
 def _convert(verb: str, source: Path, target: Path) -> dict[str, float]:
     return _timed([sys.executable, "-m", "jaxtax", "convert", verb, str(source), str(target)])
+
+
+def _prove(source: Path, model: Path, certificate: Path) -> None:
+    verb = [sys.executable, "-m", "jaxtax", "convert", "check"]
+    subprocess.run([*verb, str(source), str(model), "--json", str(certificate)], check=True)
 
 
 def _timed(command: list[str]) -> dict[str, float]:
@@ -164,8 +180,9 @@ def main() -> None:
     parser.add_argument("--sparse", action="store_true", help="Zeros that take no room in the source.")
     parser.add_argument("--layers", type=int, help="Only so many layers.")
     parser.add_argument("--json", type=Path, metavar="FILE", help="Also write the numbers there.")
+    parser.add_argument("--check", type=Path, metavar="FILE", help="Also make a certificate, there.")
     args = parser.parse_args()
-    found = measure(args.size, args.directory, sparse=args.sparse, layers=args.layers)
+    found = measure(args.size, args.directory, sparse=args.sparse, layers=args.layers, certificate=args.check)
     print(as_text(found))
     if args.json:
         args.json.write_text(json.dumps(found, indent=2) + "\n")

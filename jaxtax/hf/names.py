@@ -124,7 +124,11 @@ def table(cfg: ModelConfig, experts: Experts = "plain", layout: Form = "hf") -> 
     if experts == "mxfp4" and cfg.moe is None:
         raise ValueError(f"MXFP4 is a form of experts, and this {cfg.family} model has none")
     if layout == "openai":
-        return [*_openai_alone(), *_openai_layer(experts)]
+        if experts == "plain":
+            raise ValueError(
+                "OpenAI's original layout has its experts in MXFP4; none was published otherwise"
+            )
+        return [*_openai_alone(), *_openai_layer()]
     mlp = _dense_mlp() if cfg.moe is None else _experts_mlp(experts)
     return [*_hf_alone(cfg), *_hf_attention(cfg), *mlp]
 
@@ -260,7 +264,7 @@ def _openai_alone() -> Iterator[Row]:
     yield Row("unembedding.weight", "unembed", "V D -> V D")
 
 
-def _openai_layer(experts: Experts) -> Iterator[Row]:
+def _openai_layer() -> Iterator[Row]:
     """Names and shapes as gpt_oss/torch/{model,weights}.py of openai/gpt-oss reads them."""
     hf, ours = "block.{i}.", "stacks.{s}."
     yield Row(f"{hf}attn.norm.scale", f"{ours}attention_norm.scale", "D -> D")
@@ -276,12 +280,8 @@ def _openai_layer(experts: Experts) -> Iterator[Row]:
     yield Row(f"{hf}mlp.gate.weight", f"{ours}mlp.router.kernel", "E D -> D E")
     yield Row(f"{hf}mlp.gate.bias", f"{ours}mlp.router.bias", "E -> E")
     for theirs, name, axes in (("mlp1", "up", "E U X"), ("mlp2", "down", "E D Z")):
-        if experts == "mxfp4":
-            blocks, scales = f"{axes} Y -> {axes} Y", f"{axes} -> {axes}"
-            yield Row(f"{hf}mlp.{theirs}_weight.blocks", f"{ours}mlp.{name}.blocks", blocks, packed=True)
-            yield Row(f"{hf}mlp.{theirs}_weight.scales", f"{ours}mlp.{name}.scales", scales, packed=True)
-        else:
-            layout = "E U D -> E D U" if name == "up" else "E D F -> E F D"
-            yield Row(f"{hf}mlp.{theirs}_weight", f"{ours}mlp.{name}", layout)
+        blocks, scales = f"{axes} Y -> {axes} Y", f"{axes} -> {axes}"
+        yield Row(f"{hf}mlp.{theirs}_weight.blocks", f"{ours}mlp.{name}.blocks", blocks, packed=True)
+        yield Row(f"{hf}mlp.{theirs}_weight.scales", f"{ours}mlp.{name}.scales", scales, packed=True)
         bias = "E U -> E U" if name == "up" else "E D -> E D"
         yield Row(f"{hf}mlp.{theirs}_bias", f"{ours}mlp.{name}_bias", bias)

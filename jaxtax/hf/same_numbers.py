@@ -147,8 +147,7 @@ def _compare_logits(
             sides[side].append(hidden[side] @ head.astype(np.float32).T)
         tensor.release()
     found, expected = (np.concatenate(side, axis=1) for side in sides)
-    log_p, log_q = _log_softmax(expected), _log_softmax(found)
-    kl = (np.exp(log_p) * (log_p - log_q)).sum(axis=-1)
+    kl = _kl_of_labels(expected, found) if cfg.num_labels else _kl_of_tokens(expected, found)
     return {
         "positions": len(chosen),
         "largest_difference": _number(np.abs(found - expected).max()),
@@ -157,6 +156,22 @@ def _compare_logits(
         "largest_kl": _number(np.abs(kl).max()),
         "same_first_choice": _number((found.argmax(axis=-1) == expected.argmax(axis=-1)).mean()),
     }
+
+
+def _kl_of_tokens(expected: np.ndarray, found: np.ndarray) -> np.ndarray:
+    """Of the distributions over the next token; [positions]."""
+    log_p, log_q = _log_softmax(expected), _log_softmax(found)
+    return (np.exp(log_p) * (log_p - log_q)).sum(axis=-1)
+
+
+def _kl_of_labels(expected: np.ndarray, found: np.ndarray) -> np.ndarray:
+    """The same of labels, each of which is true or not by itself; summed over them."""
+    p, q = expected.astype(np.float64), found.astype(np.float64)
+    sides = [
+        np.exp(-np.logaddexp(0, -s * p)) * (np.logaddexp(0, -s * q) - np.logaddexp(0, -s * p))
+        for s in (1, -1)
+    ]
+    return (sides[0] + sides[1]).sum(axis=-1)
 
 
 def _log_softmax(logits: np.ndarray) -> np.ndarray:

@@ -35,12 +35,14 @@ class Stored:
     Attributes:
       dtype: the one that holds all floating-point tensors exactly, as in "bfloat16".
       others: names of the tensors of another dtype, with the code of that.
+      chat: the chat format that it was taken for; None: not known.
     """
 
     layout: Form
     experts: Experts
     dtype: str
     others: dict[str, str] = field(default_factory=dict)
+    chat: str | None = None
 
 
 def stored_form(proved: Proved) -> Stored:
@@ -61,7 +63,7 @@ def code_of(dtype: str) -> str:
     return next(code for code in FLOATS if DTYPES[code].name == dtype)
 
 
-def keep_source(directory: Path, proved: Proved, tokenizer_dir: Path) -> None:
+def keep_source(directory: Path, proved: Proved, tokenizer_dir: Path, chat: str | None = None) -> None:
     """Copies into a model directory the tokenizer files, and into its source/ what an export needs."""
     source = directory / SOURCE
     source.mkdir(exist_ok=True)
@@ -72,7 +74,7 @@ def keep_source(directory: Path, proved: Proved, tokenizer_dir: Path) -> None:
     for name in _EXTRA:
         if not _copy(origin, name, source):
             _copy(tokenizer_dir, name, source)
-    write_json(source / _FORM, vars(stored_form(proved)))
+    write_json(source / _FORM, vars(stored_form(proved)) | {"chat": chat})
 
 
 def read_source(directory: Path) -> tuple[Stored | None, dict[str, Any] | None]:

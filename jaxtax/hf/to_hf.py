@@ -17,6 +17,7 @@ from jaxtax import __version__, artifact
 from jaxtax.checkpoint.arrays import open_arrays
 from jaxtax.checkpoint.model_directory import Description, read_description
 from jaxtax.hf.config import to_hf_config
+from jaxtax.hf.ending import Ending, find_ending, mend_files, put_into_config
 from jaxtax.hf.from_hf import DTYPES, Dtype
 from jaxtax.hf.job import (
     MEGABYTE,
@@ -84,8 +85,7 @@ def to_hf(
     """Writes the model directory `model` in Hugging Face's form to `dst`; called again, it goes on.
 
     Args:
-      model: a model directory.
-      dst: must not exist.
+      model, dst: a model directory, and one that does not exist yet.
       dtype: of the floating-point tensors; None: as they came in, or as stored.
       experts: "plain" or "mxfp4"; None: as they came in, or as stored.
       original: the published model in MXFP4 that it descends from, whose bytes untouched experts keep.
@@ -104,32 +104,54 @@ def to_hf(
     written: str = dtype or (source.dtype if source else described.dtype)
     experts = experts or (source.experts if source else described.experts)
     specs = _specs(described, source, written, experts)
+    progress = progress or quiet("convert")
+    ending = _ending(model, described, source, progress)
     config = to_hf_config(described.cfg, dtype=written, experts=experts, raw=raw)
+    put_into_config(config, ending)
     proved = None if original is None else _original(Path(original), described, experts)
     tensors = ModelTensors(open_arrays(model / "params"), described, experts, proved)
     plans = plan_shards(list(specs.values()), shard_bytes)
-    facts = {
-        "model": str(model.resolve()), "digest": artifact.recorded_digest(model), "dtype": written,
-        "experts": experts, "original": proved and fingerprint(proved.checkpoint),
-        "shard_bytes": shard_bytes, "jaxtax": __version__,
-    }  # fmt: skip
-    done: dict[str, Any] = {}
+    facts = _identity(model, proved) | {"dtype": written, "experts": experts, "shard_bytes": shard_bytes}
+    done = {}
     with Job(dst, facts) as job:
-        _write(job, tensors, plans, workers or default_workers(), progress or quiet("convert"))
+        _write(job, tensors, plans, workers or default_workers(), progress)
         if job.process == 0:
-            done = _finish(job, model, plans, config)
+            left_out, done = _finish(job, model, plans, config, ending)
+            if left_out:
+                progress.say(f"left out {', '.join(left_out)}: not of the chat format {described.chat}")
     barrier("finished")
     return Exported(dst, written, experts, [Rounded(**done[name]) for name in specs if name in done])
 
 
-def _finish(job: Job, model: Path, plans: list[ShardPlan], config: dict[str, Any]) -> dict[str, Any]:
-    """Writes what stands beside the tensors, and returns what all processes noted."""
+def _identity(model: Path, proved: Proved | None) -> dict[str, Any]:
+    """What an interrupted conversion has to be of, to go on."""
+    return {
+        "model": str(model.resolve()),
+        "digest": artifact.recorded_digest(model),
+        "original": proved and fingerprint(proved.checkpoint),
+        "jaxtax": __version__,
+    }
+
+
+def _finish(
+    job: Job, model: Path, plans: list[ShardPlan], config: dict[str, Any], ending: Ending | None
+) -> tuple[list[str], dict[str, Any]]:
+    """Writes what stands beside the tensors; what was left out of that, and what all processes noted."""
     artifact.write_json(job.content / "config.json", config)
     write_shard_index(job.content, plans)
     give_back(model, job.content)
+    left_out = [] if ending is None else mend_files(job.content, ending)
     done = job.everyones()
     job.finish()
-    return done
+    return left_out, done
+
+
+def _ending(model: Path, described: Description, source: Stored | None, progress: Progress) -> Ending | None:
+    try:
+        return find_ending(model, described, source)
+    except ValueError as error:
+        progress.say(f"what ends a reply is as in the source, if there is one: {error}")
+        return None
 
 
 def as_table(rounded: list[Rounded]) -> str:

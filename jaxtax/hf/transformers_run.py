@@ -105,7 +105,9 @@ def _empty_model(proved: Proved) -> Any:
         raw = to_hf_config(cfg, dtype="float32")
     name = CLASSES[cfg.family]
     kept = {
-        key: value for key, value in raw.items() if key not in ("quantization_config", "torch_dtype", "dtype")
+        key: value
+        for key, value in raw.items()
+        if value is not None and key not in ("quantization_config", "torch_dtype", "dtype")
     }
     # Eager is the only attention with sinks on a CPU, and the plainest form of the experts.
     how = {"attn_implementation": "eager", "experts_implementation": "eager", "use_cache": False}

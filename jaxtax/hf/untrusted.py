@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from jaxtax.artifact import in_words
+from jaxtax.faults import first_faults
 
 # Commas, colons and opening brackets, of which the header of 70,000 tensors has 840,000. Without this limit
 # a few megabytes of "[],[],[]" take seconds, and hundreds of megabytes, to read.
@@ -138,7 +139,4 @@ def shorten(value: Any) -> str:
 
 def all_faults(head: str, faults: list[str]) -> str:
     """One message for all faults of one kind; beyond 40, only their number."""
-    shown = faults[:40]
-    if len(faults) > len(shown):
-        shown.append(f"and {len(faults) - len(shown):,} more")
-    return "\n  ".join([head, *shown])
+    return "\n  ".join([head, *first_faults(faults, 40)])
