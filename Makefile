@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help install study test test-slow lint clean
+.PHONY: help install install-locked lock study test test-slow lint clean
 
 help:
 	@echo "make study      run the tiny study (base, reasoning, safety arms) and write its report"
@@ -10,6 +10,8 @@ help:
 	@echo "make test-slow  run the tests that take minutes"
 	@echo "make lint       check style and types"
 	@echo "make install    build the environment in .venv, the tests' tools included"
+	@echo "make lock       write requirements/ anew from pyproject.toml"
+	@echo "make install-locked    .venv without the tests' tools, every file checked against requirements/"
 	@echo "make clean      remove .venv and caches; results in runs/ stay"
 
 # The core alone runs a study; the test extra is large (torch), so it waits until a test asks for it.
@@ -27,6 +29,23 @@ help:
 	@touch $@
 
 install: .venv/.test
+
+# The exact versions and files of requirements/, and nothing else; the index is not trusted with either.
+install-locked:
+	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || sh launch/install_venv.sh $(PYTHON)
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes --only-binary :all: \
+	  -r requirements/py$$($(BIN)/python -c 'import sys; print("%d%d" % sys.version_info[:2])').txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+
+# What pyproject.toml resolves to today, with the hash of every file; setuptools builds jaxtax itself.
+lock: .venv/.core
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
+	for minor in 11 12; do \
+	  echo 'setuptools>=77' | $(BIN)/uv pip compile pyproject.toml - --quiet --python-version 3.$$minor \
+	    --python-platform x86_64-manylinux_2_28 --generate-hashes --no-emit-index-url --no-annotate --upgrade \
+	    --custom-compile-command 'make lock' --output-file requirements/py3$$minor.txt || exit 1; \
+	done
 
 study: .venv/.core
 	$(BIN)/jaxtax study configs/tiny/study.yaml

@@ -201,12 +201,10 @@ def combine_arrays(digests: Mapping[str, str]) -> str:
     return combine_digests(dict(sorted(digests.items())))
 
 
-def digest_tree(arrays: Mapping[str, Any]) -> str:
-    """SHA-256 (hex) over the path, dtype, shape and bytes of each array, in the order of the paths.
+def digest_arrays(arrays: Mapping[str, Any]) -> dict[str, str]:
+    """`digest_array` of each array by its path.
 
-    It depends neither on the order of the mapping nor on sharding or memory layout; any changed bit shows. An
-    array's part of it is `digest_array`, so whoever has it piece by piece comes to the same. Anything that
-    numpy can read is an array here; only one at a time is copied to the host.
+    Anything that numpy can read is an array here; only one at a time is copied to the host.
     """
     digests = {}
     with ThreadPoolExecutor(min(os.cpu_count() or 1, 8)) as pool:
@@ -215,7 +213,16 @@ def digest_tree(arrays: Mapping[str, Any]) -> str:
             parts = [array[piece] for piece in pieces(array.shape, array.itemsize)]
             found = pool.map(digest_piece, parts) if len(parts) > 1 else map(digest_piece, parts)
             digests[path] = digest_array(array.shape, array.dtype, found)
-    return combine_arrays(digests)
+    return digests
+
+
+def digest_tree(arrays: Mapping[str, Any]) -> str:
+    """SHA-256 (hex) over the path, dtype, shape and bytes of each array, in the order of the paths.
+
+    It depends neither on the order of the mapping nor on sharding or memory layout; any changed bit shows. An
+    array's part of it is `digest_array`, so whoever has it piece by piece comes to the same.
+    """
+    return combine_arrays(digest_arrays(arrays))
 
 
 def digest_files(directory: Path) -> str:

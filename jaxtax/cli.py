@@ -2,10 +2,12 @@
 
 Nothing heavy is imported before a verb needs it, so that `--help` and every refused config answer at once.
 Results go to stdout, progress and faults to stderr. Exit codes: 0 done, 1 a training that diverged or an
-artifact that is damaged, 2 a fault of the command, its config or its files, 130 interrupted.
+artifact that is damaged, 2 a fault of the command, its config or its files, 75 told to leave (SIGTERM) with
+all that is needed to go on, 130 interrupted; hosts/leave.py has those of runs in several processes.
 """
 
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Iterator
@@ -17,10 +19,12 @@ import typer
 from typer.core import TyperGroup
 
 import jaxtax
-from jaxtax import cli_convert
+from jaxtax import cli_convert, cli_doctor
 from jaxtax.cli_output import open_progress, say
+from jaxtax.hosts.leave import exits_hard
+from jaxtax.hosts.start import start, start_alone
 
-ORDER = ("study", "train", "eval", "report", "generate", "convert", "data", "show", "bench")
+ORDER = ("study", "train", "eval", "report", "generate", "convert", "data", "show", "bench", "doctor")
 GOES_ON = ("study", "train", "eval", "convert")
 
 ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML file, like those in configs/.")]
@@ -37,12 +41,20 @@ Overrides = Annotated[
 @contextmanager
 def faults_in_words(ctx: Any) -> Iterator[None]:
     """Turns what a user can cause into a message and an exit code; JAXTAX_TRACEBACK=1 lets it through."""
+    from jaxtax.hosts.leave import EXIT_AGAIN
+    from jaxtax.train.leaving import StoppedError, leaves_at_once
+
     try:
-        yield
+        with leaves_at_once():
+            yield
     except KeyboardInterrupt:
         how = "; run the same command again to go on" if ctx.invoked_subcommand in GOES_ON else ""
         print(f"\ninterrupted{how}", file=sys.stderr)
         sys.exit(130)
+    except StoppedError as stopped:
+        again = ctx.invoked_subcommand in GOES_ON
+        print(f"{stopped}{'; run the same command again to go on' if again else ''}", file=sys.stderr)
+        sys.exit(EXIT_AGAIN if again else 128 + signal.SIGTERM)
     except (ValueError, OSError, FloatingPointError) as error:
         from jaxtax.artifact import DamagedError
 
@@ -62,7 +74,7 @@ class Verbs(TyperGroup):
         return sorted(super().list_commands(ctx), key=ORDER.index)
 
     def invoke(self, ctx: Any) -> Any:
-        with faults_in_words(ctx):
+        with exits_hard(), faults_in_words(ctx):
             return super().invoke(ctx)
 
 
@@ -84,6 +96,7 @@ app.add_typer(
     help="Published models in and out (from-hf, to-hf, check).",
 )
 app.add_typer(data_app, name="data", help="Look at training data (data show CONFIG).")
+app.command()(cli_doctor.doctor)
 
 
 def main() -> None:
@@ -136,6 +149,7 @@ def study(
         for part in check(cfg):
             print(f"{'done' if part.done else 'to do':<5}  {part.name}  ({part.directory})")
         return
+    start_alone("study")
     with open_progress("study") as progress:
         report = study(cfg, progress=progress)
     say(report=report / "index.html", numbers=report / "summary.json", next=f"jaxtax show {cfg.out}")
@@ -148,10 +162,12 @@ def train(config: ConfigFile, overrides: Overrides = None) -> None:
     The run directory `out` also holds the config as resolved, metrics.jsonl and the states to go on from.
     """
     cfg = _read(config, overrides, "train")
+    from jaxtax.owner import process_began
     from jaxtax.train.loop import train
 
+    start(cfg.hosts)
     with open_progress("train") as progress:
-        model = train(cfg, progress=progress)
+        model = train(cfg, progress=progress, began=process_began())
     say(model=model, next=f"jaxtax eval CONFIG model={model} out=DIR")
 
 
@@ -164,6 +180,7 @@ def evaluate(config: ConfigFile, overrides: Overrides = None) -> None:
     cfg = _read(config, overrides, "eval")
     from jaxtax.evals.run import evaluate
 
+    start_alone("eval")
     with open_progress("eval") as progress:
         out = evaluate(cfg, progress=progress)
     say(evaluation=out, next=f"jaxtax show {out}")
@@ -223,6 +240,7 @@ def generate(
     flags["max_new_tokens"] = max_new_tokens
     from jaxtax.ask.verb import run
 
+    start_alone("generate")
     replies = run(
         model, words or [], flags, file=file, out=out, as_json=as_json,
         open_progress=lambda: open_progress("generate"),

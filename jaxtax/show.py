@@ -8,6 +8,7 @@ from typing import Any
 
 from jaxtax import artifact
 from jaxtax.artifact import ORIGIN, DamagedError
+from jaxtax.goodput import goodput_in_words, read_goodput
 
 
 @dataclass(frozen=True)
@@ -141,10 +142,18 @@ def _model(directory: Path, origin: dict[str, Any]) -> dict[str, str]:
         "model": f"{cfg.family}: {shape}",
         "parameters": parameters,
         "chat": stored["chat"],
+        "system message": _system(stored.get("system")),
     }
     standard = {"kind", "command", "created", "jaxtax", "versions", "digest", "file_digests", "parameters"}
     more = {key: value for key, value in origin.items() if key not in standard and value is not None}
     return facts | {key.replace("_", " "): str(value) for key, value in more.items()}
+
+
+def _system(system: dict[str, Any] | None) -> str:
+    if system is None:
+        return "none of its own"
+    said = ", ".join(f"{key} {value}" for key, value in system.items() if value is not None)
+    return said or "the one of its format"
 
 
 def _run(directory: Path, origin: dict[str, Any]) -> dict[str, str]:
@@ -160,6 +169,11 @@ def _run(directory: Path, origin: dict[str, Any]) -> dict[str, str]:
             f"{key} {value:,.4g}" if isinstance(value, float) else f"{key} {value}"
             for key, value in last.items()
         )
+    if (spent := read_goodput(directory)) is not None:
+        facts["time"] = goodput_in_words(spent)
+        facts |= {
+            "event" if not at else f"event {at + 1}": text for at, (_, text) in enumerate(spent["events"])
+        }
     model = directory / "model"
     return facts | {
         "model": str(model),

@@ -54,6 +54,8 @@ def study(cfg: StudyConfig, *, progress: Progress | None = None) -> Path:
     Raises:
       ValueError: the directory holds another study, or a part cannot run as configured.
     """
+    from jaxtax.train.ownership import owned  # a dry run does without jax
+
     progress = progress or quiet("study")
     parts = check(cfg)
     cfg.out.mkdir(parents=True, exist_ok=True)
@@ -61,13 +63,14 @@ def study(cfg: StudyConfig, *, progress: Progress | None = None) -> Path:
     _look_for_overlap(cfg, progress)
     _write_index(cfg)
     progress.total = sum(part.effort for part in parts)
-    for part in parts:
-        if part.done and not part.again:
-            progress.skip(part.name, weight=part.effort)
-            continue
-        with progress.stage(part.name, weight=part.effort) as stage:
-            part.run(stage)
-        _write_index(cfg)
+    with owned(cfg.out, "a study", progress.say):
+        for part in parts:
+            if part.done and not part.again:
+                progress.skip(part.name, weight=part.effort)
+                continue
+            with progress.stage(part.name, weight=part.effort) as stage:
+                part.run(stage)
+            _write_index(cfg)
     return cfg.out / "report"
 
 

@@ -14,8 +14,11 @@ import pytest
 from flax import nnx
 from orbax.checkpoint import v1 as ocp
 
-from jaxtax.artifact import digest_tree, read_origin
+from jaxtax.artifact import PIECE, digest_tree, read_origin
 from jaxtax.checkpoint import DamagedError, Run, load_model, named_arrays, read_model_config, save_model
+from jaxtax.checkpoint.arrays import tree_inside
+from jaxtax.hf.measure_load import measure_load, write_model
+from jaxtax.model.config import Moe, gpt_oss, qwen2
 from jaxtax.model.transformer import Transformer
 from jaxtax.sharding import make_mesh, shardings
 
@@ -240,6 +243,39 @@ def test_flipped_bits_and_cut_files_never_give_other_weights(tmp_path, tokenizer
         except ValueError:
             refused += 1
     assert refused > 30  # a few bits belong to nothing that is read
+
+
+def test_a_damaged_array_is_named(tmp_path):
+    cfg = qwen2(
+        vocab_size=30, embed_dim=24, mlp_dim=40, head_dim=8, num_layers=2, num_heads=6, num_kv_heads=2,
+        max_context=16, tied_embedding=True,
+    )  # fmt: skip
+    directory = tmp_path / "m"
+    write_model(directory, cfg)
+    assert load_model(directory).embed.get_value().dtype == jnp.bfloat16
+    piece = next((tree_inside(directory / "params") / "stacks.0.mlp.up.kernel").rglob("c/0/0/0"))
+    content = bytearray(piece.read_bytes())
+    content[1000] ^= 8
+    piece.write_bytes(bytes(content))
+    with pytest.raises(DamagedError, match=r"m are damaged: stacks\.0\.mlp\.up\.kernel: not of the digest"):
+        load_model(directory)
+    load_model(directory, verify=False)
+    piece.write_bytes(bytes(content[:-1]))
+    with pytest.raises(DamagedError, match=r"array stacks\.0\.mlp\.up\.kernel cannot be read: .* is cut off"):
+        load_model(directory)
+
+
+@pytest.mark.slow
+def test_loading_a_model_takes_little_more_memory_than_the_model(tmp_path):
+    cfg = gpt_oss(
+        vocab_size=50_000, embed_dim=1024, mlp_dim=1024, head_dim=64, num_layers=4, num_heads=16,
+        num_kv_heads=4, max_context=256, moe=Moe(num_experts=24, experts_per_token=4),
+    )  # fmt: skip
+    nbytes = write_model(tmp_path / "m", cfg, zeros=True)
+    assert nbytes > 700e6
+    found = measure_load(tmp_path / "m")
+    # Four pieces in flight; twice the model would be 700 MB more.
+    assert found["peak"] - found["before"] < 1.1 * nbytes + 4 * PIECE
 
 
 @jax.tree_util.register_dataclass

@@ -192,7 +192,7 @@ def test_the_traceback_can_be_asked_for(monkeypatch):
 def test_an_interrupt_says_how_to_go_on(monkeypatch, train_config):
     import jaxtax.train.loop
 
-    def interrupted(cfg, progress):
+    def interrupted(cfg, **_):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(jaxtax.train.loop, "train", interrupted)
@@ -223,7 +223,7 @@ def test_data_show_names_the_verb_of_a_config_that_it_cannot_show(tmp_path):
 def test_a_diverged_training_is_no_fault_of_the_command(monkeypatch, train_config):
     import jaxtax.train.loop
 
-    def diverged(cfg, progress):
+    def diverged(cfg, **_):
         raise FloatingPointError("step 7: the loss is nan")
 
     monkeypatch.setattr(jaxtax.train.loop, "train", diverged)
@@ -396,3 +396,17 @@ def test_eval_leaves_an_evaluation_that_show_describes(trained, tmp_path):
     assert "accuracy" in shown.stdout
     assert "of 3" in shown.stdout
     assert "computed again, it agrees" in shown.stdout
+
+
+def test_the_work_of_one_process_is_refused_to_several(monkeypatch, tmp_path):
+    for name, value in {"NUM_PROCESSES": "2", "PROCESS_ID": "1", "COORDINATOR": "10.0.0.1:6002"}.items():
+        monkeypatch.setenv(f"JAXTAX_{name}", value)
+    for verb, *words in (
+        ("study", "configs/tiny/study.yaml", f"out={tmp_path}/s"),
+        ("generate", "absent", "w1"),
+    ):
+        done = run(verb, *words)
+        assert done.exit_code == 2
+        assert f"`jaxtax {verb}` is the work of one process" in done.stderr
+        assert "found 2 processes" in done.stderr
+    assert list(tmp_path.iterdir()) == []

@@ -120,7 +120,8 @@ def test_blocks_and_lists_of_the_wrong_form_are_named(write):
     assert found == [
         "command line: data.sources: found [], expected at least 1 of them",
         'FILE: optimizer: found "fast", expected a block with the keys learning_rate, schedule, '
-        "warmup_fraction, final_fraction, weight_decay, decay_all, beta1, beta2, eps, clip_norm",
+        "warmup_fraction, final_fraction, weight_decay, decay_all, beta1, beta2, eps, clip_norm, moments, "
+        "first_moment, second_moment",
         "command line: model: found null, expected a block with the keys path, size, tokenizer, window",
     ]
 

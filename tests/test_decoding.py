@@ -3,6 +3,7 @@
 import itertools
 import subprocess
 import sys
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -263,3 +264,15 @@ def test_generate_imports_without_the_libraries_of_data_and_checkpoints():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.slow
+def test_decoding_does_not_copy_the_experts():
+    decoding = Decoding(4, (), 53)
+    cfg = replace(GPT_OSS, moe=Moe(num_experts=512, experts_per_token=3))
+    model = make_model(cfg)
+    tokens = jnp.ones((2, 32), jnp.int32)
+    state = start(model, tokens, tokens, jnp.zeros(2, jnp.uint32), decoding=decoding)
+    compiled = advance.lower(model, state, 4, decoding=decoding).compile()
+    weights = sum(leaf.nbytes for leaf in jax.tree.leaves(model.stacks))
+    assert compiled.memory_analysis().temp_size_in_bytes < weights / 10

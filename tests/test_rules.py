@@ -20,16 +20,18 @@ PACKAGE = ROOT / "jaxtax"
 
 # A file imports only from lower levels, or from its own folder.
 LEVELS = {
-    "host": 0, "artifact": 0, "progress": 0, "config": 0, "yaml_text": 0, "config_words": 0,
-    "config_file": 0.5,
-    "sharding": 1, "ops": 1,
+    "config_blocks": -1,
+    "hosts": 0, "artifact": 0, "json_lines": 0, "progress": 0, "config": 0, "yaml_text": 0, "config_words": 0,
+    "faults": 0,
+    "config_file": 0.5, "goodput": 0.5, "owner": 0.5,
+    "sharding": 0.9, "ops": 1,
     "model": 2, "chat": 2,
     "checkpoint": 3, "data": 3, "hf": 3.5,
     "decoding": 4, "train": 4,
     "evals": 5, "bench": 5, "api": 5, "ask": 5.5, "show": 5,
     "report": 6,
-    "study_tokenizer": 6, "study_check": 6.5, "study_overlap": 6, "study": 7, "examples": 7.5,
-    "convert": 4, "cli_output": 7, "cli_convert": 7.5, "cli": 8,
+    "study_tokenizer": 6, "study_check": 6.5, "study_overlap": 6, "study": 7, "examples": 7.5, "doctor": 6,
+    "convert": 4, "cli_output": 7, "cli_convert": 7.5, "cli_doctor": 7.5, "cli": 8,
     "__main__": 9, "__init__": 9,
 }  # fmt: skip
 
@@ -351,7 +353,7 @@ def test_every_readme_command_parses(words, no_files_needed):
         return
     params = command.make_context(name, list(rest)).params
     schemas = {"study": config.StudyConfig, "train": config.TrainConfig, "eval": config.EvalConfig}
-    if "config" in params:
+    if params.get("config") is not None:
         path = ROOT / params["config"]
         schema = schemas.get(name) or SCHEMAS[config_file.closest_schema(path, SCHEMAS)]
         config_file.load(path, params["overrides"] or [], schema)

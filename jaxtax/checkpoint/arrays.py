@@ -25,8 +25,12 @@ from orbax.checkpoint import v1 as ocp
 
 from jaxtax import artifact
 from jaxtax.artifact import PIECE, DamagedError
+from jaxtax.checkpoint.placing import place_arrays
 from jaxtax.checkpoint.stream import Shaped, StoredArray, lay_out
+from jaxtax.checkpoint.together import everyone, together
 from jaxtax.sharding import shardings
+
+SLOWEST = 3600.0  # seconds for the slowest process to write its part
 
 
 def named_arrays(tree: Any) -> dict[str, Any]:
@@ -99,8 +103,21 @@ def open_arrays(place: Path) -> dict[str, StoredArray]:
     return {name: StoredArray(tree, name) for name in names}
 
 
-def load_arrays(place: Path, abstract: Any, mesh: Mesh | None, name: str) -> Any:
-    """The arrays at `place` in the form of `abstract`; DamagedError on `name` if they cannot be read."""
+def load_placed(
+    place: Path, abstract: Any, mesh: Mesh | None, what: str, *, dtype: Any = None, hashed: bool = True
+) -> tuple[Any, dict[str, str]]:
+    """The arrays at `place` in the form of `abstract`, and the digest of each; see placing.place_arrays."""
+    try:
+        tree = tree_inside(place)
+    except DamagedError as error:
+        raise DamagedError(f"{what} cannot be read: {error}") from error
+    names = _wanted(abstract, mesh)
+    found, digests = place_arrays(tree, names, what, dtype=dtype, hashed=hashed)
+    return jax.tree.unflatten(jax.tree.structure(abstract), [found[name] for name in names]), digests
+
+
+def _wanted(abstract: Any, mesh: Mesh | None) -> dict[str, jax.ShapeDtypeStruct]:
+    """The leaves of `abstract` by name, with their sharding: all on the first device, or on `mesh`."""
     if mesh is None:
         first = SingleDeviceSharding(jax.devices()[0])
         layout = jax.tree.map(lambda _: first, abstract)
@@ -109,7 +126,12 @@ def load_arrays(place: Path, abstract: Any, mesh: Mesh | None, name: str) -> Any
     wanted = jax.tree.map(
         lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where), abstract, layout
     )
-    names = named_arrays(wanted)
+    return named_arrays(wanted)
+
+
+def load_arrays(place: Path, abstract: Any, mesh: Mesh | None, name: str) -> Any:
+    """The arrays at `place` in the form of `abstract`; DamagedError on `name` if they cannot be read."""
+    names = _wanted(abstract, mesh)
     try:
         with _only_errors():
             found = ocp.load(str(place.absolute()), names)
@@ -144,13 +166,25 @@ def _only_errors() -> Iterator[None]:
 
 @contextlib.contextmanager
 def beside(directory: Path) -> Iterator[Path]:
-    """A fresh directory to fill; it becomes `directory` when the block ends well, and vanishes when not."""
+    """A fresh directory to fill; it becomes `directory` when the block ends well, and vanishes when not.
+
+    Of several processes all come here, each writes its part, and the first makes, renames and removes. The
+    name is there when any of them leaves the block.
+    """
     fresh = directory.with_name(f".{directory.name}.tmp")
-    shutil.rmtree(fresh, ignore_errors=True)
-    fresh.mkdir(parents=True)
+    first = jax.process_index() == 0
+
+    def begin() -> None:
+        if first:
+            shutil.rmtree(fresh, ignore_errors=True)
+            fresh.mkdir(parents=True)
+
+    together(f"making {fresh}", begin, seconds=SLOWEST)
     try:
         yield fresh
+        everyone(f"writing {directory}", None, seconds=SLOWEST)
     except BaseException:
-        shutil.rmtree(fresh, ignore_errors=True)
+        if first:
+            shutil.rmtree(fresh, ignore_errors=True)
         raise
-    fresh.rename(directory)
+    together(f"naming {directory}", lambda: fresh.rename(directory) if first else None, seconds=SLOWEST)

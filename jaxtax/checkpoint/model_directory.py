@@ -25,9 +25,11 @@ from jax.sharding import Mesh
 from jaxtax import artifact
 from jaxtax.artifact import ORIGIN, DamagedError
 from jaxtax.chat.tokenizer import TOKENIZER_FILES
-from jaxtax.checkpoint.arrays import beside, load_arrays, named_arrays, save_arrays
+from jaxtax.checkpoint.arrays import SLOWEST, beside, load_placed, named_arrays, save_arrays, tree_inside
+from jaxtax.checkpoint.placing import digest_stored
+from jaxtax.checkpoint.together import together
 from jaxtax.model.config import ModelConfig, Moe, Rope, count_parameters
-from jaxtax.model.four_bit import cast_floating, experts_form
+from jaxtax.model.four_bit import experts_form
 from jaxtax.model.mlp import ExpertsForm
 from jaxtax.model.transformer import Transformer
 
@@ -69,6 +71,9 @@ def save_model(
 ) -> None:
     """Writes a model directory, beside first and renamed at last: it is there as a whole or not at all.
 
+    Of several processes all call this, with a directory on a disk that all of them see: each writes its part
+    of the weights, the first the rest.
+
     Args:
       directory: must not exist.
       model: any sharding.
@@ -85,9 +90,19 @@ def save_model(
     dtype = _floating_dtype(arrays)
     described = Description(model.cfg, dtype, experts_form(model), chat, system)
     with beside(directory) as fresh:
-        save_arrays(fresh / "params", arrays)
-        describe(fresh, described, tokenizer_dir)
-        seal(fresh, described, artifact.digest_tree(arrays), origin)
+        params = fresh / "params"
+        together(f"writing {params}", lambda: save_arrays(params, arrays), seconds=SLOWEST)
+        digests = _digests(params, arrays)
+        if jax.process_index() == 0:
+            describe(fresh, described, tokenizer_dir)
+            seal(fresh, described, digests, origin)
+
+
+def _digests(params: Path, arrays: Mapping[str, Any]) -> dict[str, str]:
+    """Digests of arrays that were written: of several processes none has all, so they read them again."""
+    if jax.process_count() == 1:
+        return artifact.digest_arrays(arrays)
+    return digest_stored(tree_inside(params), arrays, str(params))
 
 
 def describe(directory: Path, described: Description, tokenizer_dir: Path | None = None) -> None:
@@ -110,14 +125,17 @@ def describe(directory: Path, described: Description, tokenizer_dir: Path | None
         shutil.copytree(tokenizer_dir / SOURCE, directory / SOURCE, copy_function=shutil.copyfile)
 
 
-def seal(directory: Path, described: Description, digest: str, origin: Mapping[str, Any]) -> None:
+def seal(
+    directory: Path, described: Description, digests: Mapping[str, str], origin: Mapping[str, Any]
+) -> None:
     """Writes the origin of a model directory that has everything else.
 
     Args:
-      digest: artifact.digest_tree of its arrays.
+      digests: artifact.digest_arrays of its arrays.
     """
     record = {
-        "digest": digest,
+        "digest": artifact.combine_arrays(digests),
+        "array_digests": dict(sorted(digests.items())),
         "file_digests": artifact.file_digests(directory, describing_files(directory)),
         "parameters": count_parameters(described.cfg),
     }
@@ -169,13 +187,27 @@ def load_model(
     if verify and (changed := artifact.changed_files(directory, describing_files(directory))):
         what = f"{', '.join(changed)} of {directory} changed since {ORIGIN} was written"
         raise DamagedError(f"{what}; make the model again, or copy it again from where it came")
+    origin = artifact.read_origin(directory, "model")
     abstract = _abstract_model(described.cfg, described.dtype, described.experts)
-    model = load_arrays(directory / "params", abstract, mesh, f"the weights of {directory}")
-    digest = artifact.read_origin(directory, "model")["digest"]
-    if verify and artifact.digest_tree(named_arrays(model)) != digest:
-        what = f"the weights of {directory} are damaged: not of the digest {digest[:12]}... in its {ORIGIN}"
-        raise DamagedError(f"{what}; make it again, or copy it again from where it came")
-    return model if param_dtype is None else cast_floating(model, param_dtype)
+    model, digests = load_placed(
+        directory / "params", abstract, mesh, f"the weights of {directory}", dtype=param_dtype, hashed=verify
+    )
+    if verify:
+        _check_digests(directory, digests, origin)
+    return model
+
+
+def _check_digests(directory: Path, digests: Mapping[str, str], origin: Mapping[str, Any]) -> None:
+    """Compares the digests of arrays with what was recorded; older models have only one digest of all."""
+    recorded, digest = origin.get("array_digests", {}), origin["digest"]
+    bad = sorted(name for name, one in recorded.items() if digests.get(name) != one)
+    if not bad and artifact.combine_arrays(digests) == digest:
+        return
+    named = f"{', '.join(bad[:5])}{f' and {len(bad) - 5} more' if len(bad) > 5 else ''}: " if bad else ""
+    what = (
+        f"the weights of {directory} are damaged: {named}not of the digest {digest[:12]}... in its {ORIGIN}"
+    )
+    raise DamagedError(f"{what}; make it again, or copy it again from where it came")
 
 
 @functools.lru_cache(maxsize=8)

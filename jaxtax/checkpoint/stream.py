@@ -126,7 +126,12 @@ def pieces_of(tree: Path, name: str, spec: Shaped) -> list[Piece]:
 
 
 class StoredArray:
-    """An array of a tree on disk, of which any part can be read; threads may share it."""
+    """An array of a tree on disk, of which any part can be read; threads may share it.
+
+    Attributes:
+      name: its path in the tree.
+      shape, dtype: as of numpy.
+    """
 
     def __init__(self, tree: Path, name: str) -> None:
         """Opens it.
@@ -138,7 +143,7 @@ class StoredArray:
             kvstore = {"driver": "ocdbt", "base": f"file://{tree.absolute()}/", "path": f"{name}/"}
         else:
             kvstore = {"driver": "file", "path": f"{(tree / name).absolute()}/"}
-        self._what = f"{tree}: array {name}"
+        self.name, self._what = name, f"{tree}: array {name}"
         try:
             self._store = tensorstore.open({"driver": "zarr3", "kvstore": kvstore}, read=True).result()
         except (ValueError, OSError) as error:

@@ -12,7 +12,6 @@ Killed anywhere, the same call goes on from the last whole batch and ends with t
 run.
 """
 
-import hashlib
 import json
 import time
 from collections.abc import Sequence
@@ -24,14 +23,17 @@ from jaxtax.chat.format import ChatFormat
 from jaxtax.chat.formats import chosen_chat, make_format, recorded_chat
 from jaxtax.chat.tokenizer import load_tokenizer
 from jaxtax.checkpoint import load_model, read_model_config
+from jaxtax.checkpoint.model_directory import read_description
 from jaxtax.config import EvalConfig, SystemMessage
 from jaxtax.config_file import dump
 from jaxtax.decoding import check_prompts, generate
+from jaxtax.decoding.sampling import reply_seed
 from jaxtax.evals.lines import append_lines, keep_lines, read_lines
 from jaxtax.evals.tasks import Problem, load_problems
 from jaxtax.evals.verdicts import read_config, write_summary, write_verdicts
 from jaxtax.model.transformer import Transformer
 from jaxtax.progress import Progress, quiet
+from jaxtax.train.ownership import owned
 
 Job = tuple[Problem, int]  # a problem and the number of its repeat
 
@@ -48,7 +50,8 @@ def evaluate(cfg: EvalConfig, *, model: Transformer | None = None, progress: Pro
     """
     subject = _subject(cfg)
     chat, system = chosen_chat(cfg.model, cfg.chat, cfg.system)
-    cfg = cfg.model_copy(update={"chat": chat, "system": system})
+    compute = cfg.compute or read_description(cfg.model).dtype
+    cfg = cfg.model_copy(update={"chat": chat, "system": system, "compute": compute})
     _check_place(cfg, subject)
     if (cfg.out / ORIGIN).exists():
         return cfg.out
@@ -60,12 +63,13 @@ def evaluate(cfg: EvalConfig, *, model: Transformer | None = None, progress: Pro
         max_context=read_model_config(cfg.model).max_context,
         names=[f"{problem.task} {problem.id}" for problem in problems],
     )
-    _claim_place(cfg, subject, problems)
-    jobs = [(problem, repeat) for problem in problems for repeat in range(cfg.sampling.repeats)]
-    if len(read_lines(cfg.out / "replies.jsonl")) < len(jobs):
-        write_replies(model or load_model(cfg.model), cfg, jobs, fmt, progress=progress)
-    write_verdicts(cfg.out)
-    write_summary(cfg.out)
+    with owned(cfg.out, "an evaluation", (progress or quiet("replies")).say):
+        _claim_place(cfg, subject, problems)
+        jobs = [(problem, repeat) for problem in problems for repeat in range(cfg.sampling.repeats)]
+        if len(read_lines(cfg.out / "replies.jsonl")) < len(jobs):
+            write_replies(model or load_model(cfg.model), cfg, jobs, fmt, progress=progress)
+        write_verdicts(cfg.out)
+        write_summary(cfg.out)
     # Another format than the model's own is allowed, and is never a secret.
     formats = {"used": _chat(chat, system), "trained_with": _chat(*recorded_chat(cfg.model))}
     write_origin(cfg.out, "evaluation", model=subject, chat=formats, digest=digest_files(cfg.out))
@@ -110,12 +114,6 @@ def write_replies(
     return path
 
 
-def sampling_seed(run_seed: int, task: str, problem_id: str, repeat: int) -> int:
-    """The uint32 that one reply's sampling depends on; the same on every machine and in every order."""
-    name = "\0".join([str(run_seed), task, problem_id, str(repeat)])
-    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big")
-
-
 def _reply_batch(
     model: Transformer, cfg: EvalConfig, jobs: Sequence[Job], fmt: ChatFormat, **shape: int
 ) -> list[dict[str, Any]]:
@@ -129,7 +127,7 @@ def _reply_batch(
         max_new_tokens=sampling.max_new_tokens,
         temperature=sampling.temperature,
         top_p=sampling.top_p,
-        seeds=[sampling_seed(cfg.seed, problem.task, problem.id, repeat) for problem, repeat in jobs],
+        seeds=[reply_seed(cfg.seed, problem.task, problem.id, repeat) for problem, repeat in jobs],
         dtype=cfg.compute,
         **shape,
     )
@@ -145,7 +143,10 @@ def _reply_batch(
                 "tokens": len(generated.tokens),
                 "finished": generated.finished,
                 "analysis": reply.analysis,
+                "commentary": reply.commentary,
+                "calls": [{"recipient": call.recipient, "arguments": call.arguments} for call in reply.calls],
                 "final": reply.final,
+                "faults": list(reply.faults),
                 "text": fmt.tokenizer.decode(generated.tokens),
             }
         )
@@ -170,7 +171,10 @@ def _check_place(cfg: EvalConfig, subject: dict[str, Any]) -> None:
         if cfg.out.exists() and (not cfg.out.is_dir() or any(p.name[0] != "." for p in cfg.out.iterdir())):
             raise ValueError(f"{cfg.out} is not empty and holds no evaluation; give another out=DIR")
         return
-    here = {"out", "model"}  # both may have moved; the digest tells whether it is the same model
+    here = {
+        "out",
+        "model",
+    }  # the first two may have moved; the digest tells whether it is the same model
     found = read_config(cfg.out).model_dump(mode="json", exclude=here)
     wanted = cfg.model_dump(mode="json", exclude=here)
     differing = [key for key in wanted if found.get(key) != wanted[key]]

@@ -21,6 +21,7 @@ from jaxtax.report.lost import LOST_OUTCOMES
 from jaxtax.report.plane import plane
 from jaxtax.report.records import MEASURES, Study
 from jaxtax.report.samples import explorer_data
+from jaxtax.report.time import time_spent
 from jaxtax.report.words import (
     MEASURE_NAMES,
     chance,
@@ -84,7 +85,10 @@ def _shared(study: Study, summary: Summary) -> dict[str, Any]:
     lost = [row for row in summary["tax"] if row["lost"]]
     seen = [row["points_lost"]["value"] for tax in lost for row in tax["by_seed"]]
     seen = [value for value in seen if value is not None]
+    times, time_kinds = time_spent(study.directory)
     return {
+        "times": times,
+        "time_kinds": time_kinds,
         "summary": summary,
         "findings": findings(summary),
         "facts": _facts(study, summary),

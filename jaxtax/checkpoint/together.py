@@ -1,0 +1,53 @@
+"""What the processes of a run do together when they read and write: all succeed, or all know why not."""
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from jaxtax.artifact import in_words
+from jaxtax.hosts.wait import share
+
+T = TypeVar("T")
+
+_AFTER_A_FAULT = 60.0  # seconds
+
+
+class FailedError(OSError):
+    """Something could not be written or read, here or in another process."""
+
+
+def everyone(name: str, mine: Any, *, seconds: float) -> list[Any]:
+    """What each process has, in their order; JSON. Of one process, no waiting.
+
+    Args:
+      name: of the wait, the same in all; it appears in the fault when someone does not come.
+      seconds: how long to wait for the others.
+    """
+    return share(name, mine, seconds=seconds)
+
+
+def together(name: str, action: Callable[[], T], *, seconds: float) -> T:
+    """What `action` gives, once it has ended well in all processes.
+
+    Raises:
+      FailedError: it failed somewhere; all processes raise it, each of them with what failed where.
+      PeerMissing: it failed here, and the others do not come out of it within a minute, because inside of it
+        they wait for this process. The run has to end.
+    """
+    result, fault = None, None
+    try:
+        result = action()
+    except (OSError, ValueError, RuntimeError) as error:  # what Orbax and tensorstore make of a bad disk
+        fault = error
+    mine = None if fault is None else _first_line(fault)
+    faults = everyone(name, mine, seconds=seconds if mine is None else min(seconds, _AFTER_A_FAULT))
+    found = {number: text for number, text in enumerate(faults) if text is not None}
+    if found:
+        where = [text if len(faults) == 1 else f"process {number}: {text}" for number, text in found.items()]
+        raise FailedError(f"{name}: {'; '.join(where)}") from fault
+    return result  # type: ignore[return-value]
+
+
+def _first_line(error: Exception) -> str:
+    """Orbax and tensorstore put long paths before what went wrong, so it may be short of its middle."""
+    text = (in_words(error).splitlines() or [type(error).__name__])[0]
+    return text if len(text) <= 300 else f"{text[:120]} ... {text[-150:]}"

@@ -1,0 +1,191 @@
+"""Where a run's wall time went: a ledger that the run writes, and what it adds up to.
+
+ledger.jsonl has a line at least every few seconds of work, and one before and after every save:
+
+    {"session": 2, "time": 1763715600.1, "step": 40, "seconds": {"step": 3.1, "input": 0.02}}
+    {"session": 2, "time": 1763715609.3, "step": 40, "seconds": {}, "event": "..."}
+
+A session is one process's part of the run. Every moment of it is counted under one of KINDS, so that the
+sums are the wall time. What no session accounts for, between a killed one's last line and the next one's
+first, is "down"; the work that a killed session did after its last save, and the next one did again, is
+"lost".
+"""
+
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from jaxtax.json_lines import JsonLines, read_json_lines, whole_bytes
+
+LEDGER = "ledger.jsonl"
+KINDS = {
+    "step": "training steps",
+    "start": "start: imports, data, devices",
+    "restore": "reading the model or the state",
+    "compile": "compiling",
+    "input": "waiting for batches",
+    "save": "saving",
+    "check": "comparing replicas",
+    "lost": "lost: done again after a restart",
+    "down": "down between sessions",
+}
+_EVERY = 5.0  # seconds between two lines at most, while there is something to say
+
+
+class Ledger:
+    """Counts what a run's time goes to; before `open`, and in all processes but the first, it writes nothing.
+
+    One thread uses it.
+    """
+
+    def __init__(self, *, began: float | None = None) -> None:
+        """Begins a session with kind "start".
+
+        Args:
+          began: when the work for this session began, as time.time() tells; None: now.
+        """
+        self._lines: JsonLines | None = None
+        self._session = 1
+        self._step: int | None = None
+        self._seconds: dict[str, float] = {}
+        self._kinds = ["start"]
+        now = time.monotonic()
+        self._last = self._written = now
+        # The wall clock is read once and then counted on, so that a clock that is set does not matter.
+        self._zero = time.time() - now
+        if began is not None:
+            self._last = min(now, began - self._zero)
+        self._first: float | None = self._zero + self._last
+
+    def open(self, out: Path) -> None:
+        """Goes on in the ledger of the run in `out`."""
+        path = out / LEDGER
+        lines = read_json_lines(path)
+        if path.exists():
+            os.truncate(path, whole_bytes(path))
+        self._session = 1 + max((line["session"] for line in lines), default=0)
+        self._lines = JsonLines(path)
+        self._write()
+
+    @contextmanager
+    def doing(self, kind: str) -> Iterator[None]:
+        """Counts the time of the block as `kind`."""
+        assert kind in KINDS, kind
+        self._count()
+        self._kinds.append(kind)
+        try:
+            yield
+        finally:
+            self._count()
+            self._kinds.pop()
+
+    def now(self, kind: str) -> None:
+        """Counts the time from here on as `kind`, outside of `doing`."""
+        assert kind in KINDS, kind
+        self._count()
+        self._kinds[0] = kind
+
+    def at(self, step: int) -> None:
+        """Says that `step` updates are done."""
+        self._count()
+        self._step = step
+        if self._last - self._written >= _EVERY:
+            self._write()
+
+    def saved(self) -> None:
+        """Says that all so far is in a saved state: what comes now may get lost, what was cannot."""
+        self._count()
+        self._write()
+
+    def event(self, text: str) -> None:
+        """Notes something out of the ordinary."""
+        self._count()
+        self._write(event=text)
+
+    def close(self) -> None:
+        """Writes what is left.
+
+        Raises:
+          OSError: it cannot be written.
+        """
+        self._count()
+        self._write()
+        if self._lines is not None:
+            self._lines.flush()
+
+    def _count(self) -> None:
+        now = time.monotonic()
+        kind = self._kinds[-1]
+        self._seconds[kind] = self._seconds.get(kind, 0.0) + now - self._last
+        self._last = now
+
+    def _write(self, **more: Any) -> None:
+        if self._lines is None:
+            return
+        seconds = {kind: round(spent, 6) for kind, spent in self._seconds.items() if spent > 0}
+        line = {"session": self._session, "time": round(self._zero + self._last, 6), "step": self._step}
+        if self._first is not None:
+            line["began"] = round(self._first, 6)
+            self._first = None
+        self._lines.add(line | {"seconds": seconds} | more)
+        self._seconds = {}
+        self._written = self._last
+
+
+def read_goodput(run: Path) -> dict[str, Any] | None:
+    """What a run's ledger adds up to; None if it has none.
+
+    Returns:
+      wall: seconds from the beginning of its first session to its last line. seconds: {kind: seconds}, which
+      add up to `wall`. sessions: their number. events: [[time, text], ...].
+
+    Raises:
+      ValueError: the ledger is not one.
+    """
+    try:
+        lines = read_json_lines(run / LEDGER)
+        return _added_up(lines) if lines else None
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{run / LEDGER} is not a ledger that jaxtax wrote: {error}") from error
+
+
+def goodput_in_words(found: dict[str, Any]) -> str:
+    """The shares of the wall time, the largest first."""
+    parts = sorted(found["seconds"].items(), key=lambda pair: -pair[1])
+    told = ", ".join(
+        f"{kind} {100 * spent / found['wall']:.1f} %"
+        for kind, spent in parts
+        if spent >= 0.0005 * found["wall"]
+    )
+    sessions = "" if found["sessions"] == 1 else f" in {found['sessions']} sessions"
+    return f"{found['wall']:,.1f} s{sessions}: {told}"
+
+
+def _added_up(lines: list[dict[str, Any]]) -> dict[str, Any]:
+    seconds = dict.fromkeys(KINDS, 0.0)
+    sessions: dict[int, list[dict[str, Any]]] = {}
+    for line in lines:
+        sessions.setdefault(line["session"], []).append(line)
+    parts = [sessions[number] for number in sorted(sessions)]
+    for number, part in enumerate(parts):
+        # Where later sessions began again: work beyond that was done for nothing.
+        later = min((step for after in parts[number + 1 :] for step in _steps(after)[:1]), default=None)
+        for line in part:
+            lost = later is not None and line["step"] is not None and line["step"] > later
+            for kind, spent in line["seconds"].items():
+                seconds["lost" if lost else kind] += spent
+        if number:
+            seconds["down"] += max(0.0, part[0]["began"] - parts[number - 1][-1]["time"])
+    return {
+        "wall": sum(seconds.values()),
+        "seconds": seconds,
+        "sessions": len(parts),
+        "events": [[line["time"], line["event"]] for line in lines if "event" in line],
+    }
+
+
+def _steps(part: list[dict[str, Any]]) -> list[int]:
+    return [line["step"] for line in part if line["step"] is not None]

@@ -1,0 +1,68 @@
+#!/usr/bin/env bash
+# One run in several processes on this machine, each with its own devices: GPUs, or fake devices on a CPU.
+#
+#   launch/local.sh PROCESSES DEVICES COMMAND...
+#   launch/local.sh 2 4 jaxtax train configs/tiny/train.yaml mesh.fsdp=8                    # eight GPUs
+#   JAX_PLATFORMS=cpu launch/local.sh 2 4 jaxtax train configs/tiny/train.yaml mesh.fsdp=8  # no GPU
+#
+# TERM and Ctrl-C are passed on, so that every process saves. Exits with 75 when they all left to be started
+# again, with 0 when all are done, else with the code of the first that failed, which ends the others.
+set -euo pipefail
+
+if (($# < 3)) || ! [[ $1$2 =~ ^[0-9]+$ ]] || (($1 < 1 || $2 < 1)); then
+  echo "usage: launch/local.sh PROCESSES DEVICES COMMAND..." >&2
+  exit 2
+fi
+if ((BASH_VERSINFO[0] * 100 + BASH_VERSINFO[1] < 501)); then
+  echo "launch/local.sh needs bash 5.1 or later; found $BASH_VERSION" >&2
+  exit 2
+fi
+processes=$1 devices=$2
+shift 2
+
+again=75
+patience=${JAXTAX_LOCAL_PATIENCE:-10} # seconds that the others have once one has failed
+port=$(python3 -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
+export JAXTAX_COORDINATOR=127.0.0.1:$port JAXTAX_NUM_PROCESSES=$processes
+
+declare -A running=() # the processes that have not ended, by their ids
+pass_on() {
+  kill -TERM "${!running[@]}" 2>/dev/null || true
+}
+trap pass_on TERM INT
+
+for ((id = 0; id < processes; id++)); do
+  settings=("JAXTAX_PROCESS_ID=$id")
+  if [[ ${JAX_PLATFORMS:-} == cpu ]]; then
+    settings+=("XLA_FLAGS=${XLA_FLAGS:-} --xla_force_host_platform_device_count=$devices")
+  else
+    settings+=("CUDA_VISIBLE_DEVICES=$(seq -s, $((id * devices)) $(((id + 1) * devices - 1)))")
+  fi
+  env "${settings[@]}" "$@" &
+  running[$!]=1
+done
+
+failed=0 left_again=0
+while ((${#running[@]})); do
+  code=0
+  wait -n -p ended "${!running[@]}" || code=$?
+  if [[ -z ${ended:-} ]]; then # a signal came, and was passed on
+    continue
+  fi
+  unset "running[$ended]"
+  if ((code == again)); then
+    left_again=1
+  elif ((code != 0 && failed == 0)); then
+    failed=$code
+    echo "process $ended ended with $code; the others have $patience s" >&2
+    (sleep "$patience" && kill -KILL "${!running[@]}") >/dev/null 2>&1 &
+    killer=$!
+    pass_on
+  fi
+done
+
+if ((failed)); then
+  kill "$killer" 2>/dev/null || true
+  exit "$failed"
+fi
+exit $((left_again ? again : 0))

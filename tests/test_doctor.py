@@ -1,0 +1,402 @@
+"""The doctor: a healthy machine has no fault, and each of many seeded faults is found and has a cure."""
+
+import json
+import socket
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from jaxtax.cli import app
+from jaxtax.doctor import as_table, examine
+from jaxtax.doctor.finding import Devices, Machine, Place, Wanted
+from jaxtax.doctor.look import addresses, broken_demands, devices, look_at, settings
+from jaxtax.doctor.meeting import with_peers
+
+ROOT = Path(__file__).parent.parent
+GIB = 1 << 30
+WANTED = Wanted(devices=16, disk=40 * 10**9, disk_parts="3 states of 12.0 GB, 1 models of 4.0 GB")
+
+# One of two nodes of a cluster with eight GPUs each, under Slurm, with InfiniBand, and all is well.
+HEALTHY = Machine(
+    host="n1",
+    processes=2,
+    nodes=2,
+    coordinator="n1:61440",
+    settings={
+        "SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "2", "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "2",
+        "SLURM_STEP_NUM_NODES": "2", "SLURM_NTASKS": "2", "NCCL_DEBUG": "WARN", "NCCL_SOCKET_IFNAME": "ib0",
+        "XLA_FLAGS": "--xla_gpu_enable_latency_hiding_scheduler=true",
+        "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.92",
+        "NCCL_IB_HCA": "mlx5_0:1", "NCCL_IB_DISABLE": "0",
+    },
+    versions={"jax": "0.12.0.1", "jaxlib": "0.12.0", "jax-cuda13-plugin": "0.12.0", "flax": "0.12.12"},
+    devices=Devices("gpu", "NVIDIA H100", 8),
+    accelerators=8,
+    addresses=("10.0.0.1",),
+    interfaces=("eth0", "ib0", "lo"),
+    infiniband=("mlx5_0", "mlx5_1"),
+    shm=64 * GIB,
+    nofile=65536,
+    memlock=None,
+    place=Place("/shared/run", free=10**12, filesystem="lustre", shared=True),
+    now=1000.0,
+)  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def _known_name(monkeypatch):
+    monkeypatch.setattr(socket, "gethostname", lambda: "localhost")  # the tests look up no other
+
+
+def peer(**changes):
+    own = {"host": "n2", "process": 1, "addresses": ("10.0.0.2",), "now": 1000.1}
+    return replace(HEALTHY, **(own | changes))
+
+
+def found(machines, wanted=WANTED):
+    """Verdict, check and words of everything that is not well."""
+    rows = examine(machines, wanted).rows
+    return [
+        (row.finding.verdict, row.check, f"{row.finding.found} {row.finding.todo}")
+        for row in rows
+        if row.finding.verdict != "ok"
+    ]
+
+
+def test_a_healthy_cluster_has_no_fault():
+    report = examine([HEALTHY, peer()], WANTED)
+    assert found([HEALTHY, peer()]) == []
+    assert report.passed
+    assert as_table(report).splitlines()[-1] == f"0 failed, 0 warned, {len(report.rows)} ok"
+
+
+def with_settings(**more):
+    return {"settings": HEALTHY.settings | more}
+
+
+SEEDED = {
+    "an unknown XLA flag": (
+        {"devices": Devices(fault="unknown in XLA_FLAGS: --xla_gpu_graph_level=0")},
+        "fail", "devices", "take them out of XLA_FLAGS",
+    ),
+    "GPUs that JAX does not see": (
+        {"devices": Devices("cpu", "cpu", 1)}, "fail", "devices", "has 8 accelerators, and JAX sees none",
+    ),
+    "too few GPUs in a single process": (
+        {"devices": Devices("gpu", "NVIDIA H100", 7), "processes": 1, "nodes": 1},
+        "fail", "devices", "sees 7 of 8",
+    ),
+    "the one GPU of a task's number": (
+        with_settings(JAX_LOCAL_DEVICE_IDS="0"), "fail", "devices", "unset JAX_LOCAL_DEVICE_IDS",
+    ),
+    "a jaxlib of another release": (
+        {"versions": HEALTHY.versions | {"jaxlib": "0.11.1"}},
+        "fail", "versions", "pip install 'jaxlib==0.12.0.1'",
+    ),
+    "a plugin of another release": (
+        {"versions": HEALTHY.versions | {"jax-cuda13-plugin": "0.10.2"}},
+        "fail", "versions", "jax-cuda13-plugin",
+    ),
+    "plugins of two CUDA versions": (
+        {"versions": HEALTHY.versions | {"jax-cuda12-plugin": "0.12.0"}},
+        "fail", "versions", "2 CUDA versions",
+    ),
+    "an orbax out of range": (
+        {"broken": ("jaxtax needs orbax-checkpoint<0.13,>=0.12.3; found 0.11.0",)},
+        "fail", "versions", "found 0.11.0",
+    ),
+    "collectives in command buffers": (
+        with_settings(XLA_FLAGS="--xla_gpu_enable_command_buffer=+FUSION,COLLECTIVES"),
+        "fail", "xla_flags", "hang silently",
+    ),
+    "a TPU flag in XLA_FLAGS": (
+        with_settings(XLA_FLAGS="--xla_tpu_scoped_vmem_limit_kib=65536"),
+        "fail", "xla_flags", "LIBTPU_INIT_ARGS",
+    ),
+    "a network device that is not there": (
+        with_settings(NCCL_SOCKET_IFNAME="bond0"), "fail", "variables", "no network device here is called so",
+    ),
+    "the loopback device for NCCL": (
+        with_settings(NCCL_SOCKET_IFNAME="lo"), "fail", "variables", "does not lead to other machines",
+    ),
+    "an adapter that is not there": (
+        with_settings(NCCL_IB_HCA="mthca"), "fail", "variables", "no InfiniBand adapter",
+    ),
+    "one address for all communicators": (
+        with_settings(NCCL_COMM_ID="n1:9999"), "fail", "variables", "NCCL_COMM_ID",
+    ),
+    "NVLink switched off": (with_settings(NCCL_P2P_DISABLE="1"), "warn", "variables", "NVLink"),
+    "InfiniBand switched off": (with_settings(NCCL_IB_DISABLE="1"), "warn", "variables", "stay unused"),
+    "a loud NCCL": (with_settings(NCCL_DEBUG="INFO"), "warn", "variables", "export NCCL_DEBUG=WARN"),
+    "a fraction above one": (
+        with_settings(XLA_PYTHON_CLIENT_MEM_FRACTION="92"), "fail", "variables", "at most 1",
+    ),
+    "a proxy": (with_settings(https_proxy="(set)"), "fail", "coordinator", "export no_proxy=n1"),
+    "a small /dev/shm": ({"shm": 64 << 20}, "fail", "limits", "/dev/shm has 64 MiB; NCCL wants 2,048 MiB"),
+    "few open files": ({"nofile": 256}, "fail", "limits", "ulimit -n"),
+    "locked memory": ({"memlock": 64 << 10}, "fail", "limits", "ulimit -l unlimited"),
+    "a name that leads to itself": ({"addresses": ("127.0.1.1",)}, "fail", "name", "change /etc/hosts"),
+    "a name that leads nowhere": ({"addresses": ()}, "fail", "name", "leads nowhere"),
+    "a loopback coordinator": (
+        {"coordinator": "127.0.0.1:6002"}, "fail", "coordinator", "127.0.0.1:6002, which on each of the 2",
+    ),
+    "a coordinator behind a firewall": (
+        {"coordinator_fault": "no answer within 5 s"}, "fail", "coordinator", "open that port",
+    ),
+    "a number too high": (
+        {"unfit": "JAXTAX_PROCESS_ID=2 of 2"}, "fail", "coordinator", "JAXTAX_PROCESS_ID=2 of 2",
+    ),
+    "GPUs per task": (with_settings(SLURM_GPUS_PER_TASK="1"), "fail", "slurm", "--gres=gpu:N"),
+    "tasks that do not fit the nodes": (
+        with_settings(SLURM_STEP_NUM_TASKS="3"), "fail", "slurm", "3 tasks on 2 nodes",
+    ),
+    "tasks that do not fit the GPUs": (
+        with_settings(SLURM_STEP_NUM_TASKS="6"), "fail", "slurm", "neither one for all nor one for each",
+    ),
+    "a directory that cannot be written": (
+        {"place": Place("/shared/run", fault="/shared cannot be written to (Permission denied)")},
+        "fail", "out", "Permission denied",
+    ),
+    "a file server with another clock": (
+        {"place": replace(HEALTHY.place, clock=-90.0)}, "fail", "out", "differ by -90.0 s",
+    ),
+    "a directory in memory": ({"place": replace(HEALTHY.place, filesystem="tmpfs")}, "warn", "out", "tmpfs"),
+    "a full disk": (
+        {"place": replace(HEALTHY.place, free=39 * 10**9)},
+        "fail", "room", "39.0 GB free; the run needs 40.0 GB",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SEEDED)
+def test_a_seeded_fault_is_found_and_has_a_cure(name):
+    changes, verdict, check, words = SEEDED[name]
+    machines = [replace(HEALTHY, **changes), peer(**changes)]
+    if changes.get("processes") == 1:
+        machines = machines[:1]
+    seen = found(machines)
+    assert any((one[0], one[1]) == (verdict, check) and words in one[2] for one in seen), seen
+    # Nothing else is blamed, but that hosts differ or that devices lack, which follows.
+    assert {one[1] for one in seen} <= {check, "mesh"}
+    report = examine(machines, WANTED)
+    assert report.passed == (verdict == "warn")
+    bad = [row.finding for row in report.rows if row.finding.verdict != "ok"]
+    assert all(finding.todo or name == "a number too high" for finding in bad)
+
+
+@pytest.mark.parametrize(
+    ("changes", "check", "words"),
+    [
+        ({"versions": HEALTHY.versions | {"flax": "0.12.8"}}, "alike", "n2 has flax 0.12.8 (not 0.12.12)"),
+        ({"devices": Devices("gpu", "NVIDIA H100", 7)}, "alike", "n2 has 7 x NVIDIA H100"),
+        ({"place": replace(HEALTHY.place, shared=False)}, "shared", "n2 do not see what n1 writes there"),
+    ],
+)
+def test_hosts_that_differ_are_named(changes, check, words):
+    seen = found([HEALTHY, peer(**changes)])
+    assert any(one[1] == check and words in one[2] for one in seen), seen
+
+
+def test_hosts_whose_clocks_differ_are_named():
+    seen = found([HEALTHY, replace(peer(), now=1070.0)])
+    assert [(one[0], one[1]) for one in seen] == [("fail", "clocks")]
+    assert "the clock of n2 differs by +70.0 s" in seen[0][2]
+
+
+def test_a_mesh_without_its_devices_is_told():
+    seen = found([HEALTHY, peer()], replace(WANTED, devices=32))
+    assert [(one[0], one[1]) for one in seen] == [("fail", "mesh")]
+    assert "needs 32 devices; found 16 on 2 hosts" in seen[0][2]
+
+
+def test_processes_that_share_all_gpus_of_a_node_do_not_count_them_twice():
+    tasks = [replace(HEALTHY, process=i, processes=8, nodes=1, settings={}) for i in range(8)]
+    assert found(tasks, replace(WANTED, devices=8)) == []
+    assert [one[1] for one in found(tasks, replace(WANTED, devices=9))] == ["mesh"]
+
+
+# What really looks at the machine.
+
+SLURM = {
+    "SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0", "SLURM_STEP_NODELIST": "localhost,n2",
+    "SLURM_STEP_NUM_NODES": "2",
+    "SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_TASKS_PER_NODE": "1(x2)",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("environ", "words"),
+    [
+        ({"SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "2"}, "start it with srun"),
+        (SLURM, "the coordinator is localhost:61447, which on each of the 2 machines"),
+        (
+            {"JAXTAX_NUM_PROCESSES": "2", "JAXTAX_PROCESS_ID": "2", "JAXTAX_COORDINATOR": "localhost:1"},
+            "2 of 2",
+        ),
+        ({"JAXTAX_NUM_PROCESSES": "2", "JAXTAX_PROCESS_ID": "0"}, "export JAXTAX_COORDINATOR="),
+        ({"JAXTAX_TLS_CERT": "absent.pem"}, "JAXTAX_TLS_CERT=absent.pem: no such file"),
+        ({"KUBERNETES_SERVICE_HOST": "10.0.0.1", "JOB_COMPLETION_INDEX": "1"}, "launch/jobset.yaml"),
+    ],
+)
+def test_a_launcher_that_cannot_work_is_found(environ, words):
+    machine = with_peers(Machine(host="n1", addresses=("10.0.0.1",), versions=HEALTHY.versions), environ)
+    seen = found([machine], Wanted())
+    assert {one[:2] for one in seen} == {("fail", "coordinator")}
+    assert any(words in one[2] for one in seen)
+
+
+def explicit(index, where):
+    return {"JAXTAX_NUM_PROCESSES": "2", "JAXTAX_PROCESS_ID": str(index), "JAXTAX_COORDINATOR": where}
+
+
+def test_a_coordinator_is_tried_from_both_sides():
+    machine = Machine(host="n1")
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        where = "{}:{}".format(*taken.getsockname())
+        assert "is taken by another program" in with_peers(machine, explicit(0, where)).coordinator_fault
+        assert with_peers(machine, explicit(1, where)).coordinator_fault == ""
+    free = with_peers(machine, explicit(0, where))
+    assert (free.coordinator_fault, free.nodes, free.processes) == ("", 1, 2)
+    assert with_peers(machine, explicit(1, where)).coordinator_fault == ""  # the machine answers
+
+
+def test_a_coordinator_out_of_reach_is_told(monkeypatch):
+    def late(address, timeout):
+        raise TimeoutError
+
+    machine = Machine(host="n1")
+    monkeypatch.setattr(socket, "create_connection", late)
+    assert with_peers(machine, explicit(1, "n9:6002")).coordinator_fault == "no answer within 5 s"
+
+    def unknown(*args, **kwargs):
+        raise socket.gaierror(-2, "Name or service not known")
+
+    monkeypatch.setattr(socket, "getaddrinfo", unknown)
+    assert "the name n9 leads nowhere" in with_peers(machine, explicit(0, "n9:6002")).coordinator_fault
+
+
+def test_devices_are_asked_for_in_a_process_that_may_die(monkeypatch):
+    monkeypatch.setenv("JAX_PLATFORMS", "nonsense")
+    assert "nonsense" in devices().fault
+
+
+def test_settings_are_told_without_secrets():
+    environ = {
+        "HF_TOKEN": "canary", "NCCL_DEBUG": "WARN", "https_proxy": "http://me:canary@proxy:3128",
+        "JAXTAX_TLS_KEY": "canary", "AWS_SECRET_ACCESS_KEY": "canary", "SLURM_JOB_ID": "7", "http_proxy": "",
+    }  # fmt: skip
+    told = settings(environ)
+    assert told == {"NCCL_DEBUG": "WARN", "https_proxy": "(set)", "SLURM_JOB_ID": "7"}
+
+
+def test_the_installed_packages_meet_their_demands(monkeypatch):
+    assert broken_demands() == []
+    from importlib import metadata
+
+    real = metadata.version
+    older = {"orbax-checkpoint": "0.11.0"}
+    monkeypatch.setattr(metadata, "version", lambda name: older.get(name) or real(name))
+    assert "jaxtax needs orbax-checkpoint<0.13,>=0.12.3; found 0.11.0" in broken_demands()
+
+
+def test_a_directory_is_looked_at_and_left_as_it_was(tmp_path):
+    place = look_at(tmp_path / "deep" / "run")
+    assert place.fault == ""
+    assert abs(place.clock) < 2
+    assert place.free is not None
+    assert place.filesystem
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "file").write_text("")
+    blocked = look_at(tmp_path / "file")
+    assert "cannot be written to" in blocked.fault
+
+
+def test_a_name_leads_somewhere_or_nowhere():
+    assert "127.0.0.1" in addresses("localhost")
+
+
+CONFIG = """
+out: {out}
+model: {{size: tiny-qwen2, tokenizer: {tokenizer}}}
+data: {{sources: [{{name: world_reasoning, take: 40}}], row_tokens: 64}}
+epochs: 2
+keep_epochs: true
+batch_rows: 8
+optimizer: {{learning_rate: 1e-3}}
+mesh: {{fsdp: 4}}
+"""
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    from jaxtax.chat.vocabulary import build_world_tokenizer
+    from jaxtax.data import world
+
+    home = tmp_path_factory.mktemp("doctor")
+    build_world_tokenizer(world.words()).save(home / "tokenizer")
+    (home / "train.yaml").write_text(CONFIG.format(out=home / "run", tokenizer=home / "tokenizer"))
+    return home / "train.yaml"
+
+
+def test_the_command_examines_this_machine_for_a_config(config, tmp_path):
+    told = tmp_path / "told.json"
+    done = CliRunner().invoke(app, ["doctor", str(config), "mesh.fsdp=64", "--json", str(told)])
+    assert done.exit_code == 1, done.output
+    report = json.loads(told.read_text())
+    assert not report["passed"]
+    assert report["machines"][0]["devices"]["count"] == 8
+    failed = [one for one in report["findings"] if one["verdict"] == "fail"]
+    assert [one["check"] for one in failed] == ["mesh"], failed
+    assert "FAIL  mesh" in done.stdout
+    assert "needs 64 devices; found 8" in done.stdout
+    assert not (config.parent / "run").exists()
+
+
+def test_the_command_survives_what_ends_other_processes(config, monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", "--xla_gpu_graph_level=0")
+    done = CliRunner().invoke(app, ["doctor", str(config)])
+    assert done.exit_code == 1, done.output
+    assert (
+        "FAIL  devices      JAX does not start: unknown in XLA_FLAGS: --xla_gpu_graph_level=0" in done.stdout
+    )
+
+
+def test_disk_is_counted_from_the_config(config):
+    from jaxtax.chat.tokenizer import load_tokenizer
+    from jaxtax.config import TrainConfig
+    from jaxtax.config_file import load
+    from jaxtax.doctor.size import wanted_by
+    from jaxtax.model.config import count_parameters, named_size
+
+    cfg = load(config, [], TrainConfig)
+    wanted = wanted_by(cfg)
+    assert wanted.devices == 4
+    tokenizer = load_tokenizer(cfg.model.tokenizer)
+    model = 4 * count_parameters(named_size(cfg.model.size, vocab_size=tokenizer.vocab_size))
+    state = 3 * model  # weights and two moments, all in float32, and a few counters
+    assert 3 * state + 3 * model <= wanted.disk <= 3 * state + 3 * model + 100
+    assert wanted.disk_parts == f"3 states of {state / 1e9:.1f} GB, 3 models of {model / 1e9:.1f} GB"
+
+
+@pytest.mark.slow
+def test_hosts_look_at_each_other(config, tmp_path):
+    told = tmp_path / "told.json"
+    command = f'exec "{sys.executable}" -m jaxtax doctor "{config}" mesh.fsdp=6 --hosts --json "{told}"'
+    done = subprocess.run(
+        [str(ROOT / "launch" / "local.sh"), "2", "3", "bash", "-c", command],
+        capture_output=True, text=True, check=False, timeout=60,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    report = json.loads(told.read_text())
+    assert [machine["process"] for machine in report["machines"]] == [0, 1]
+    assert [machine["devices"]["count"] for machine in report["machines"]] == [3, 3]
+    assert [machine["place"]["shared"] for machine in report["machines"]] == [True, True]
+    checks = {finding["check"]: finding["verdict"] for finding in report["findings"]}
+    assert checks["alike"] == checks["clocks"] == checks["mesh"] == checks["shared"] == "ok"
+    assert done.stdout.count("0 failed") == 1, "one process speaks for all"

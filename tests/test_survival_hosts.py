@@ -1,0 +1,234 @@
+"""Runs of two processes: told to leave, killed in a save, going on with other meshes and processes."""
+
+import json
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxtax.artifact import read_origin, write_text
+from jaxtax.chat.vocabulary import build_world_tokenizer
+from jaxtax.checkpoint import Run
+from jaxtax.data import world
+from jaxtax.goodput import read_goodput
+from jaxtax.sharding import make_mesh
+
+pytestmark = pytest.mark.slow
+
+CONFIG = """
+out: {home}/run
+model: {{size: tiny-qwen2, tokenizer: {home}/tokenizer}}
+data: {{sources: [{{name: world_pretrain, take: 100}}], row_tokens: 64}}
+epochs: 3
+batch_rows: 4
+optimizer: {{learning_rate: 3.0e-3, warmup_fraction: 0.1, weight_decay: 0.01}}
+log_every_steps: 1
+seed: 7
+"""
+
+
+def free_port():
+    with socket.socket() as opened:
+        opened.bind(("127.0.0.1", 0))
+        return opened.getsockname()[1]
+
+
+def environment(processes, index, port, devices):
+    flags = [flag for flag in os.environ["XLA_FLAGS"].split() if "device_count" not in flag]
+    flags.append(f"--xla_force_host_platform_device_count={devices}")
+    here = {"JAXTAX_COORDINATOR": f"127.0.0.1:{port}", "JAXTAX_NUM_PROCESSES": f"{processes}"}
+    return os.environ | here | {"JAXTAX_PROCESS_ID": f"{index}", "XLA_FLAGS": " ".join(flags)}
+
+
+class Launched:
+    """`jaxtax train` in some processes of some devices each."""
+
+    def __init__(self, home, out, processes, devices, *overrides):
+        port = free_port()
+        command = [
+            sys.executable,
+            "-m",
+            "jaxtax",
+            "train",
+            str(home / "train.yaml"),
+            f"out={out}",
+            *overrides,
+        ]
+        self.logs = [out.with_name(f"{out.name}-{time.time_ns()}-{index}.log") for index in range(processes)]
+        self.processes = []
+        for index, log in enumerate(self.logs):
+            with log.open("w") as file:
+                env = environment(processes, index, port, devices)
+                self.processes.append(subprocess.Popen(command, env=env, stdout=file, stderr=file))
+
+    def end(self):
+        codes = [process.wait(timeout=240) for process in self.processes]
+        return codes, "\n".join(log.read_text() for log in self.logs)
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    home = tmp_path_factory.mktemp("hosts")
+    build_world_tokenizer(world.words()).save(home / "tokenizer")
+    write_text(home / "train.yaml", CONFIG.format(home=home))
+    return home
+
+
+SAME_MESH = ["mesh.data=2", "mesh.fsdp=2"]
+
+
+@pytest.fixture(scope="module")
+def whole(home):
+    """A run of two processes that nothing disturbed."""
+    codes, said = Launched(home, home / "whole", 2, 2, *SAME_MESH).end()
+    assert codes == [0, 0], said
+    return home / "whole"
+
+
+def losses(out):
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [row["loss"] for row in rows]
+
+
+@pytest.fixture(scope="module")
+def left(home, whole):
+    """A run of two processes of which one was told to leave in the middle."""
+    out = home / "left"
+    launched = Launched(home, out, 2, 2, *SAME_MESH)
+    metrics, end = out / "metrics.jsonl", time.monotonic() + 120
+    while not (metrics.exists() and metrics.read_text().count("\n") >= 5):
+        assert time.monotonic() < end, [log.read_text() for log in launched.logs]
+        time.sleep(0.01)
+    launched.processes[1].send_signal(signal.SIGTERM)
+    codes, said = launched.end()
+    assert codes == [75, 75], said
+    steps = Run(out).steps()
+    assert len(steps) == 1, said
+    assert 5 <= steps[0] < 27
+    return out
+
+
+def copied(left, name):
+    out = left.with_name(name)
+    subprocess.run(["cp", "-r", left, out], check=True)
+    return out
+
+
+def test_told_to_leave_all_processes_save_and_go_on_bit_for_bit_on_the_same_mesh(home, whole, left):
+    out = copied(left, "again")
+    codes, said = Launched(home, out, 2, 2, *SAME_MESH).end()
+    assert codes == [0, 0], said
+    assert losses(out) == losses(whole)
+    assert read_origin(out / "model")["digest"] == read_origin(whole / "model")["digest"]
+    found = read_goodput(out)
+    assert found["sessions"] == 2
+    assert found["wall"] == pytest.approx(sum(found["seconds"].values()))
+
+
+@pytest.mark.parametrize(
+    ("processes", "devices", "mesh"),
+    [(1, 4, SAME_MESH), (4, 1, SAME_MESH), (2, 2, ["mesh.data=1", "mesh.fsdp=4"]), (1, 1, ["mesh.data=1"])],
+)
+def test_on_other_processes_or_another_mesh_a_run_goes_on_within_2e_6(
+    home, whole, left, processes, devices, mesh
+):
+    name = f"on-{processes}-{devices}-{len(mesh)}-{mesh[-1]}"
+    out = copied(left, name)
+    codes, said = Launched(home, out, processes, devices, *mesh).end()
+    assert codes == [0] * processes, said
+    np.testing.assert_allclose(losses(out), losses(whole), rtol=0, atol=2e-6)
+
+
+SAVES = """
+import os, signal, sys, time
+from pathlib import Path
+import jax, jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec as P
+from jaxtax.checkpoint import Run
+from jaxtax.hosts.start import start
+from jaxtax.sharding import make_mesh
+
+home = Path(sys.argv[1])
+
+def save(directory):
+    start()
+    mesh = make_mesh({"fsdp": 2})
+    split, whole = NamedSharding(mesh, P("fsdp")), NamedSharding(mesh, P())
+    make = jax.jit(
+        lambda step: {"a": jnp.full((50, 40), step), "b": jnp.full((8, 30), step), "step": step},
+        out_shardings={"a": split, "b": split, "step": whole},
+    )
+    run = Run(directory, keep=2)
+    for step in range(1, 10_000):
+        run.save(step, make(jnp.int32(step)), {"step": step})
+        if jax.process_index() == 0:
+            (directory / "committed").write_text(str(step))
+
+for number, word in enumerate(sys.argv[2:]):
+    port, delay, between, victim = word.split(",")
+    directory = home / str(number)
+    directory.mkdir()
+    children = []
+    for index in range(2):
+        child = os.fork()
+        if child == 0:
+            out = os.open(directory / f"{index}.log", os.O_CREAT | os.O_WRONLY)
+            os.dup2(out, 1), os.dup2(out, 2)
+            os.environ |= {
+                "JAXTAX_COORDINATOR": f"127.0.0.1:{port}", "JAXTAX_NUM_PROCESSES": "2",
+                "JAXTAX_PROCESS_ID": f"{index}",
+            }
+            try:
+                save(directory)
+            finally:
+                os._exit(1)
+        children.append(child)
+    end = time.monotonic() + 60
+    while not (directory / "committed").exists() and time.monotonic() < end:
+        time.sleep(0.002)
+    time.sleep(float(delay))
+    os.kill(children[int(victim)], signal.SIGKILL)
+    time.sleep(float(between))
+    os.kill(children[1 - int(victim)], signal.SIGKILL)
+    for child in children:
+        os.waitpid(child, 0)
+"""
+
+
+def test_60_kills_of_two_processes_at_random_instants_of_saving_lose_nothing(tmp_path):
+    rng, times = random.Random(6), 60
+    words = [
+        f"{free_port()},{rng.uniform(0, 0.4):.4f},{rng.uniform(0, 0.1):.4f},{rng.randrange(2)}"
+        for _ in range(times)
+    ]
+    env = environment(1, 0, 0, 1)
+    for name in list(env):
+        if name.startswith("JAXTAX_"):
+            del env[name]
+    subprocess.run([sys.executable, "-c", SAVES, str(tmp_path), *words], check=True, timeout=600, env=env)
+    abstract = {
+        "a": jax.ShapeDtypeStruct((50, 40), jnp.int32),
+        "b": jax.ShapeDtypeStruct((8, 30), jnp.int32),
+        "step": jax.ShapeDtypeStruct((), jnp.int32),
+    }
+    interrupted = 0
+    for number in range(times):
+        place = tmp_path / str(number)
+        logs = [(place / f"{index}.log").read_text() for index in range(2)]
+        assert (place / "committed").exists(), logs
+        committed = int((place / "committed").read_text() or 0)
+        interrupted += any((place / "state").glob(".*.tmp"))
+        run = Run(place, keep=2)
+        step, state = run.restore(abstract, make_mesh({"tensor": 2}), say=pytest.fail)
+        assert step >= committed
+        assert run.more_of(step) == {"step": step}
+        assert all((np.asarray(leaf) == step).all() for leaf in state.values())
+    assert interrupted >= 20
