@@ -141,8 +141,8 @@ def test_updates_too_small_for_bfloat16_are_lost_to_the_nearest_and_kept_at_rand
     assert moved[True] == pytest.approx(40 * 2e-4, rel=0.03)
 
 
-def test_every_form_is_spread_like_its_weights_and_no_mesh_changes_its_update(tiny_gpt_oss_config):
-    cfg = replace(tiny_gpt_oss_config, embed_dim=64, mlp_dim=48)
+def test_every_form_is_spread_like_its_weights_and_no_mesh_changes_its_update(tiny_qwen2_config):
+    cfg = replace(tiny_qwen2_config, embed_dim=64, mlp_dim=48)
     form = Form(dtype="bfloat16", factored=True, stochastic=True)
     model, batch = make_model(cfg, "bfloat16"), make_batch(cfg)
     mesh = make_mesh({"fsdp": 4, "data": 2})
