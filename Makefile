@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help install install-locked lock study test test-slow lint clean
+.PHONY: help install install-plan install-locked lock study test test-slow lint clean
 
 help:
 	@echo "make study      run the tiny study (base, reasoning, safety arms) and write its report"
@@ -10,6 +10,7 @@ help:
 	@echo "make test-slow  run the tests that take minutes"
 	@echo "make lint       check style and types"
 	@echo "make install    build the environment in .venv, the tests' tools included"
+	@echo "make install-plan      what jaxtax plan compiles with, in .venv-plan (350 MB to download)"
 	@echo "make lock       write requirements/ anew from pyproject.toml"
 	@echo "make install-locked    .venv without the tests' tools, every file checked against requirements/"
 	@echo "make clean      remove .venv and caches; results in runs/ stay"
@@ -29,6 +30,13 @@ help:
 	@touch $@
 
 install: .venv/.test
+
+# Compilers for GPUs and TPUs, for hosts that have neither. Apart from .venv, where JAX would look for a GPU at
+# every start; without NVIDIA's libraries, which take gigabytes and are not needed to compile.
+install-plan: .venv/.core
+	rm -rf .venv-plan
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target .venv-plan \
+	  $$($(BIN)/python -m jaxtax.plan.packages)
 
 # The exact versions and files of requirements/, and nothing else; the index is not trusted with either.
 install-locked:
@@ -62,5 +70,5 @@ lint: .venv/.test
 	$(BIN)/python -m pyright --pythonpath $(BIN)/python
 
 clean:
-	rm -rf .venv .pytest_cache .ruff_cache build dist jaxtax.egg-info
+	rm -rf .venv .venv-plan .pytest_cache .ruff_cache build dist jaxtax.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

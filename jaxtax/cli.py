@@ -19,12 +19,12 @@ import typer
 from typer.core import TyperGroup
 
 import jaxtax
-from jaxtax import cli_convert, cli_doctor
+from jaxtax import cli_convert, cli_doctor, cli_plan
 from jaxtax.cli_output import open_progress, say
 from jaxtax.hosts.leave import exits_hard
 from jaxtax.hosts.start import start, start_alone
 
-ORDER = ("study", "train", "eval", "report", "generate", "convert", "data", "show", "bench", "doctor")
+ORDER = ("study", "train", "eval", "report", "generate", "convert", "data", "show", "bench", "doctor", "plan")
 GOES_ON = ("study", "train", "eval", "convert")
 
 ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML file, like those in configs/.")]
@@ -97,6 +97,7 @@ app.add_typer(
 )
 app.add_typer(data_app, name="data", help="Look at training data (data show CONFIG).")
 app.command()(cli_doctor.doctor)
+app.command()(cli_plan.plan)
 
 
 def main() -> None:

@@ -33,13 +33,16 @@ class ConfigError(ValueError):
         self.faults = list(faults)
 
 
-def load(path: Path, overrides: Sequence[str], schema: type[Schema]) -> Schema:
+def load(path: Path, overrides: Sequence[str], schema: type[Schema], *, files: bool = True) -> Schema:
     """Reads a config file, with `overrides` of the form key.sub=value (list entries by index) put over it.
+
+    Args:
+      files: whether what the config names has to be there; a plan reads none of it.
 
     Raises:
       ConfigError: with every fault of the file and of the overrides.
     """
-    return _checked(read(path), overrides, schema, str(path))
+    return _checked(read(path), overrides, schema, str(path), files=files)
 
 
 def from_overrides(overrides: Sequence[str], schema: type[Schema]) -> Schema:
@@ -103,7 +106,9 @@ def check_kind(path: Path, verb: str, schema: type[BaseModel], verbs: Mapping[st
         raise ConfigError([f"{path} is a config of `jaxtax {other}`, not of `jaxtax {verb}`"])
 
 
-def _checked(data: dict[str, Any], overrides: Sequence[str], schema: type[Schema], source: str) -> Schema:
+def _checked(
+    data: dict[str, Any], overrides: Sequence[str], schema: type[Schema], source: str, *, files: bool = True
+) -> Schema:
     given, faults = _override(data, overrides)
 
     def where(key: Key) -> str:
@@ -115,7 +120,7 @@ def _checked(data: dict[str, Any], overrides: Sequence[str], schema: type[Schema
         if number and leaf.key in given and leaf.type in (str, Path):
             # `out=2026` reads as a number; where text is wanted it was text.
             leaf.holder[leaf.index] = given[leaf.key]
-    faults += _settle_paths(data, schema, where)
+    faults += _settle_paths(data, schema, where) if files else []
     try:
         # Strict, so that "3" is no number; as JSON, so that a list may become a tuple and text a path.
         config = schema.model_validate_json(json.dumps(data, default=str), strict=True)

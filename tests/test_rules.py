@@ -28,10 +28,10 @@ LEVELS = {
     "model": 2, "chat": 2,
     "checkpoint": 3, "data": 3, "hf": 3.5,
     "decoding": 4, "train": 4,
-    "evals": 5, "bench": 5, "api": 5, "ask": 5.5, "show": 5,
+    "evals": 5, "bench": 5, "plan": 5, "api": 5, "ask": 5.5, "show": 5,
     "report": 6,
     "study_tokenizer": 6, "study_check": 6.5, "study_overlap": 6, "study": 7, "examples": 7.5, "doctor": 6,
-    "convert": 4, "cli_output": 7, "cli_convert": 7.5, "cli_doctor": 7.5, "cli": 8,
+    "convert": 4, "cli_output": 7, "cli_convert": 7.5, "cli_doctor": 7.5, "cli_plan": 7.5, "cli": 8,
     "__main__": 9, "__init__": 9,
 }  # fmt: skip
 

@@ -20,6 +20,7 @@ from jaxtax.model.cache import KvCache, LayerCache
 from jaxtax.model.config import ModelConfig
 from jaxtax.model.layers import RmsNorm, normal_param
 from jaxtax.model.mlp import ExpertsForm, GatedMlp, MoeMlp, check_four_bit, one_layer
+from jaxtax.ops.embedding import TABLE_AXES, embed
 from jaxtax.ops.rope import angles
 from jaxtax.sharding import ROWS, RowAxes, constrain, mesh_platform, mesh_sizes, shardings
 
@@ -93,7 +94,7 @@ class Transformer(nnx.Module):
         if experts == "mxfp4":
             check_four_bit(cfg)
         dtype = jnp.dtype(param_dtype)
-        shape, axes = (cfg.vocab_size, cfg.embed_dim), ("vocab", "embed")
+        shape, axes = (cfg.vocab_size, cfg.embed_dim), TABLE_AXES
         stddev = 1.0 / math.sqrt(cfg.embed_dim)
         self.cfg = cfg
         self.embed = normal_param(rngs, shape, axes, stddev=stddev, dtype=dtype)
@@ -259,9 +260,7 @@ class Transformer(nnx.Module):
     def _start(
         self, tokens_BT: Array, positions_BT: Array, dtype: Any, rows: RowAxes = ROWS
     ) -> tuple[Array, tuple[Array, Array]]:
-        # Gathered along D before the lookup: left split, XLA would gather the looked-up rows of all devices.
-        embed_VD = constrain(self.embed[...], "vocab", None)
-        x_BTD = embed_VD[tokens_BT].astype(dtype)
+        x_BTD = embed(self.embed[...], tokens_BT, dtype, rows=rows)
         rope = angles(positions_BT, self.cfg.rope, self.cfg.head_dim)
         return constrain(x_BTD, *rows, None), rope
 

@@ -11,10 +11,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import Array, lax
+from jax import Array
 from jax.sharding import PartitionSpec as P
 
 from jaxtax.ops.loss_chunks import columns_of, loss_sum, loss_sum_and_slopes
+from jaxtax.ops.parts import axis_in_force, gather, sum_and_split, sum_over
 from jaxtax.sharding import AXIS_TO_MESH, ROWS, RowAxes, axes_spec, mesh_sizes
 
 _HEAD_AXES = ("vocab", "embed")
@@ -105,9 +106,9 @@ def _total_here(
         targets_BT,
         weights_BT,
         columns=columns_of(targets_BT, call.chunk),
-        vocab_axis=_axis_in_force(_VOCAB),
+        vocab_axis=axis_in_force(_VOCAB),
     )
-    return _sum(total, _TOKENS)
+    return sum_over(total, _TOKENS)
 
 
 def _slopes_here(
@@ -125,30 +126,19 @@ def _slopes_here(
         weights_BT,
         columns=columns_of(targets_BT, call.chunk),
         asked=asked,
-        vocab_axis=_axis_in_force(_VOCAB),
+        vocab_axis=axis_in_force(_VOCAB),
     )
     if dhidden_BTD is not None:
-        dhidden_BTD = _sum(dhidden_BTD, (_VOCAB,))
+        dhidden_BTD = sum_over(dhidden_BTD, (_VOCAB,))
     own = dhead_VD  # of which this device keeps its part of D
     if own is not None:
-        if _axis_in_force(_EMBED):
-            own = lax.psum_scatter(own, _EMBED, scatter_dimension=1, tiled=True)
-        own = _sum(own, [axis for axis in _TOKENS if axis != _EMBED]).astype(unembed.dtype)
-    return _sum(total, _TOKENS), dhidden_BTD, own
+        if axis_in_force(_EMBED):
+            own = sum_and_split(own, _EMBED, 1)
+        own = sum_over(own, [axis for axis in _TOKENS if axis != _EMBED]).astype(unembed.dtype)
+    return sum_over(total, _TOKENS), dhidden_BTD, own
 
 
 def _gathered(unembed: Array, dtype: Any) -> Array:
     """This device's part of the vocabulary, whole along D, in the compute dtype."""
-    head, axis = unembed.astype(dtype), _axis_in_force(_EMBED)
-    return head if axis is None else lax.all_gather(head, axis, axis=1, tiled=True)
-
-
-def _axis_in_force(axis: str) -> str | None:
-    """`axis`, if this runs on each device of a mesh that is split along it."""
-    mesh = jax.sharding.get_abstract_mesh()
-    return axis if axis in mesh.manual_axes and mesh.shape[axis] > 1 else None
-
-
-def _sum(a: Array, axes: Any) -> Array:
-    split = tuple(axis for axis in axes if _axis_in_force(axis))
-    return lax.psum(a, split) if split else a
+    head, axis = unembed.astype(dtype), axis_in_force(_EMBED)
+    return head if axis is None else gather(head, axis, 1)

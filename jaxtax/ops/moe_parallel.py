@@ -46,6 +46,7 @@ from jaxtax.ops.moe_weights import (
     asked_weights,
 )
 from jaxtax.ops.mxfp4 import FourBit
+from jaxtax.ops.parts import gather, sum_and_split, sum_over
 from jaxtax.sharding import AXIS_TO_MESH, ROWS, RowAxes, axes_spec, mesh_sizes
 
 
@@ -187,8 +188,8 @@ def _gathered_tokens(
 def _own_tokens(sums: Array) -> Array:
     """The sum over `expert` and `tensor` of [R, ...], each device along `expert` keeping its own rows."""
     if lax.axis_size("expert") > 1:
-        sums = lax.psum_scatter(sums, "expert", scatter_dimension=0, tiled=True)
-    return _sum(sums, ("tensor",))
+        sums = sum_and_split(sums, "expert", 0)
+    return sum_over(sums, ("tensor",))
 
 
 def _gathered_weights(call: _Call, w: Experts, dtype: Any) -> Experts:
@@ -218,8 +219,8 @@ def _summed_gradients(call: _Call, dw: Experts) -> Experts:
             return None
         held = {name for axis in axes for name in AXIS_TO_MESH[axis]}
         for axis, names in _gathered_axes(call, axes):
-            grad = lax.psum_scatter(grad, names, scatter_dimension=axis, tiled=True)
-        return _sum(grad, [name for name in ("data", "fsdp", "tensor") if name not in held])
+            grad = sum_and_split(grad, names, axis)
+        return sum_over(grad, [name for name in ("data", "fsdp", "tensor") if name not in held])
 
     bias_ED = dw.down_bias_ED
     if bias_ED is not None and not call.four_bit:
@@ -264,8 +265,4 @@ def _is_split(names: Sequence[str]) -> bool:
 
 
 def _gather(a: Array, names: tuple[str, ...], axis: int) -> Array:
-    return lax.all_gather(a, names, axis=axis, tiled=True) if _is_split(names) else a
-
-
-def _sum(a: Array, names: Sequence[str]) -> Array:
-    return lax.psum(a, tuple(names)) if _is_split(names) else a
+    return gather(a, names, axis) if _is_split(names) else a

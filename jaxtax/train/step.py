@@ -124,13 +124,11 @@ def update(
     mean, norm = loss_sum / weight_sum, optax.tree.norm(_mean_grads(grads, weight_sum))
     finite = jnp.isfinite(mean) & jnp.isfinite(norm)
     applied = finite & (mean <= recipe.largest_loss) & (norm <= recipe.largest_norm)
-    # A branch, not a choice leaf by leaf: that would hold a second set of weights and moments. The gradients
-    # go into it as they are: float32 ones of bfloat16 weights would take twice the room of the weights.
-    new_state = jax.lax.cond(
-        applied,
-        lambda: _apply(state, grads, weight_sum, norm, recipe, settings),
-        lambda: state,
-    )
+    # A choice leaf by leaf, part of the pass that updates a leaf in place. A branch (`lax.cond`) would cost a
+    # second set of weights and moments on GPUs, where its operands are copied (20 billion weights with two
+    # moments in bfloat16: 273 GiB instead of 163).
+    updated = _apply(state, grads, weight_sum, norm, recipe, settings)
+    new_state = jax.tree.map(lambda new, old: jnp.where(applied, new, old), updated, state)
     metrics = {
         "loss": mean,
         "grad_norm": norm,

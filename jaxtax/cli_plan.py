@@ -1,0 +1,90 @@
+"""The verb `jaxtax plan`: whether a config fits on a machine, without that machine."""
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+
+def plan(
+    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="Of `jaxtax train`.")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="KEY=VALUE", help="Put over the config: mesh.fsdp=8", show_default=False),
+    ] = None,
+    topology: Annotated[
+        str,
+        typer.Option(
+            metavar="KIND:SIZES", help="h200:1, h100:8x8 (nodes x GPUs), v5p:4x4x4, v6e:8x8 (chips), cpu:8."
+        ),
+    ] = "",
+    decode: Annotated[
+        bool, typer.Option("--decode", help="Plan generation: one more token for every row.")
+    ] = False,
+    forward: Annotated[
+        bool, typer.Option("--forward", help="Plan generation: the prompts, a row each, read at once.")
+    ] = False,
+    experts: Annotated[
+        str | None,
+        typer.Option(metavar="plain|mxfp4", help="How experts are held; without it, in 4 bits if frozen."),
+    ] = None,
+    tries: Annotated[int, typer.Option(min=0, help="Compile at most so many others if it does not fit.")] = 4,
+    json_path: Annotated[
+        Path | None, typer.Option("--json", metavar="FILE", help="Also write the report there.")
+    ] = None,
+) -> None:
+    """Compile a config's step for a machine that is not here: memory, work, collectives, fit.
+
+    Neither data nor weights need be there. Compilers for GPUs and TPUs: make install-plan.
+    """
+    kind = _kind(topology, decode, forward, experts)
+    from jaxtax.config import TrainConfig
+    from jaxtax.config_file import check_kind, load
+
+    check_kind(config, "plan", TrainConfig, _schemas())
+    cfg = load(config, overrides or [], TrainConfig, files=False)
+    _quiet(topology)
+    from jaxtax.artifact import write_json
+    from jaxtax.plan.report import table
+    from jaxtax.plan.run import plan
+
+    report = plan(
+        cfg, topology, name=str(config), kind=kind, experts=experts, tries=tries,
+        say=lambda words: print(words, file=sys.stderr),
+    )  # fmt: skip
+    if json_path is not None:
+        write_json(json_path, report.as_json())
+    print(table(report))
+
+
+def _kind(topology: str, decode: bool, forward: bool, experts: str | None) -> Any:
+    faults = []
+    if not topology:
+        faults.append("--topology is missing; give a machine, as in --topology h100:8x8")
+    if decode and forward:
+        faults.append("--decode and --forward are two plans; give one of them")
+    if experts not in (None, "plain", "mxfp4"):
+        faults.append(f"--experts {experts}: expected plain or mxfp4")
+    if faults:
+        raise ValueError("\n".join(faults))
+    return "decode" if decode else "forward" if forward else "train"
+
+
+def _schemas() -> dict[str, Any]:
+    from jaxtax.config import EvalConfig, StudyConfig, TrainConfig
+
+    return {"study": StudyConfig, "train": TrainConfig, "eval": EvalConfig}
+
+
+def _quiet(topology: str) -> None:
+    """Before JAX starts: it is to look for no device, and the compilers are to say nothing but faults."""
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    os.environ["TPU_SKIP_MDS_QUERY"] = "1"  # else libtpu asks the network what machine this is
+    for name in ("TF_CPP_MIN_LOG_LEVEL", "TPU_MIN_LOG_LEVEL", "TPU_STDERR_LOG_LEVEL"):
+        os.environ.setdefault(name, "3")
+    count = topology.removeprefix("cpu:")
+    if count.isdigit():
+        flag = f"--xla_force_host_platform_device_count={count}"
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}".strip()

@@ -1,0 +1,197 @@
+"""What a compiled program says about itself: XLA's text of it, read for what nothing else tells.
+
+The text is HLO after optimization, for one device: computations, each a list of instructions
+`%name = type opcode(operands), attributes`. Loops say how often they run, where XLA knows it.
+"""
+
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+
+_BYTES = {"pred": 1, "s4": 0.5, "u4": 0.5, "bf16": 2, "f16": 2, "token": 0}
+_COLLECTIVES = (
+    "all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute",
+    "ragged-all-to-all", "collective-broadcast",
+)  # fmt: skip
+_ARRAY = re.compile(r"\b([a-z]+\d*[a-z0-9]*)\[([\d,]*)\]")
+_CALLED = re.compile(r"\b(?:calls|to_apply|true_computation|false_computation)=%?([\w.-]+)")
+_BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
+_TRIPS = re.compile(r'"?known_trip_count"?:\{"n":"?(\d+)')
+# Instructions whose result is no array of its own.
+_NO_ARRAY = {
+    "parameter", "tuple", "get-tuple-element", "while", "conditional", "call", "bitcast", "opt-barrier",
+    "constant", "async-start", "async-done", "async-update", "copy-done", "after-all", "iota",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Instruction:
+    """One line: `arrays` are (dtype, shape) of its result, `rest` all after the opcode."""
+
+    name: str
+    opcode: str
+    arrays: tuple[tuple[str, tuple[int, ...]], ...]
+    type: str
+    rest: str
+
+    @property
+    def bytes(self) -> int:
+        """Of its result."""
+        return sum(size_of(dtype, shape) for dtype, shape in self.arrays)
+
+
+@dataclass
+class Collectives:
+    """How often and with how many bytes the devices talk in one run of the program.
+
+    Attributes:
+      count, bytes: by kind of collective; the bytes of one device's larger side (of an all-gather its result,
+        of a reduce-scatter its operand).
+      uncounted: loops with collectives in them of which XLA does not say how often they run; counted once.
+    """
+
+    count: dict[str, int] = field(default_factory=dict)
+    bytes: dict[str, int] = field(default_factory=dict)
+    uncounted: int = 0
+
+    def add(self, other: "Collectives", times: int) -> None:
+        """Takes in `times` runs of a part."""
+        for kind, count in other.count.items():
+            self.count[kind] = self.count.get(kind, 0) + times * count
+            self.bytes[kind] = self.bytes.get(kind, 0) + times * other.bytes[kind]
+        self.uncounted += other.uncounted
+
+
+class Program:
+    """The text of a compiled program, taken apart."""
+
+    def __init__(self, text: str) -> None:
+        self._text = text
+        self._entry, self._computations = _parse(text)
+
+    @property
+    def aliased_outputs(self) -> set[int]:
+        """Which outputs, counted in order, are written where a donated argument was."""
+        header = self._text[: self._text.find("\n")]
+        return {int(index) for index in re.findall(r"\{(\d+)\}: \(\d+, \{\}", header)}
+
+    @cached_property
+    def collectives(self) -> Collectives:
+        """Of one run, loops counted."""
+        known: dict[str, Collectives] = {}
+        return self._talk(self._entry, known)
+
+    def arrays(self) -> Iterator[tuple[Instruction, str, tuple[int, ...]]]:
+        """Every array that is written to memory, with its dtype and shape; not what stays inside a fusion."""
+        fused = {
+            called
+            for body in self._computations.values()
+            for instruction in body
+            if instruction.opcode == "fusion"
+            for called in _CALLED.findall(instruction.rest)
+        }
+        for name, body in self._computations.items():
+            for instruction in () if name in fused else body:
+                if instruction.opcode not in _NO_ARRAY:
+                    yield from ((instruction, *array) for array in instruction.arrays)
+
+    def copies(self) -> Iterator[tuple[Instruction, str, tuple[int, ...]]]:
+        """Those of `arrays` that only move numbers: copies, transposes, and fusions of them."""
+        for instruction, dtype, shape in self.arrays():
+            if instruction.opcode in ("copy", "copy-start", "transpose") or re.match(
+                r"(wrapped_|loop_|input_)*(copy|transpose)", instruction.name
+            ):
+                yield instruction, dtype, shape
+
+    def _talk(self, name: str, known: dict[str, Collectives]) -> Collectives:
+        if name in known:
+            return known[name]
+        total = known[name] = Collectives()
+        body = self._computations.get(name, [])
+        sizes = {instruction.name: instruction.bytes for instruction in body}
+        for instruction in body:
+            if kind := _kind(instruction.opcode):
+                size = _larger_side(instruction, sizes)
+                total.add(Collectives({kind: 1}, {kind: size}), 1)
+            elif instruction.opcode == "while":
+                total.add(*self._looped(instruction, known))
+            else:
+                for called in _called(instruction):
+                    total.add(self._talk(called, known), 1)
+        return total
+
+    def _looped(self, loop: Instruction, known: dict[str, Collectives]) -> tuple[Collectives, int]:
+        inside = Collectives()
+        for part in re.findall(r"\b(?:body|condition)=%?([\w.-]+)", loop.rest):
+            inside.add(self._talk(part, known), 1)
+        trips = _TRIPS.search(loop.rest)
+        if trips is None and inside.count:
+            inside.uncounted += 1
+        return inside, int(trips[1]) if trips else 1
+
+
+def size_of(dtype: str, shape: tuple[int, ...]) -> int:
+    """Bytes of an array, without padding."""
+    bits = re.search(r"\d+", dtype)
+    each = _BYTES.get(dtype) or (int(bits[0]) / 8 if bits else 0)
+    return math.ceil(each * math.prod(shape))
+
+
+def _parse(text: str) -> tuple[str, dict[str, list[Instruction]]]:
+    entry, body = "", []
+    computations: dict[str, list[Instruction]] = {}
+    for line in text.splitlines():
+        if line.endswith("{") and not line.startswith((" ", "HloModule")):
+            name = line.removeprefix("ENTRY ").partition(" ")[0].removeprefix("%")
+            body = computations[name] = []
+            entry = name if line.startswith("ENTRY ") else entry
+        elif " = " in line and line.startswith(" ") and (instruction := _instruction(line)):
+            body.append(instruction)
+    return entry, computations
+
+
+def _instruction(line: str) -> Instruction | None:
+    name, _, rest = line.strip().removeprefix("ROOT ").partition(" = ")
+    end = _end_of_type(rest)
+    match = re.match(r"\s*([a-z][\w-]*)\(", rest[end:])
+    if match is None:
+        return None
+    arrays = tuple(
+        (dtype, tuple(int(size) for size in sizes.split(",") if size))
+        for dtype, sizes in _ARRAY.findall(rest[:end])
+    )
+    return Instruction(name.removeprefix("%"), match[1], arrays, rest[:end], rest[end + match.end() :])
+
+
+def _end_of_type(text: str) -> int:
+    """Where the type at the start of `text` ends: at its closing bracket, or at the first blank."""
+    if not text.startswith("("):
+        return text.find(" ")
+    depth = 0
+    for place, letter in enumerate(text):
+        depth += (letter == "(") - (letter == ")")
+        if depth == 0:
+            return place + 1
+    return len(text)
+
+
+def _kind(opcode: str) -> str | None:
+    kind = opcode.removesuffix("-start")
+    return kind if kind in _COLLECTIVES else None
+
+
+def _called(instruction: Instruction) -> list[str]:
+    called = _CALLED.findall(instruction.rest)
+    for names in _BRANCHES.findall(instruction.rest):
+        called += [name.strip().removeprefix("%") for name in names.split(",")]
+    return called
+
+
+def _larger_side(instruction: Instruction, sizes: dict[str, int]) -> int:
+    operands = re.findall(r"%([\w.-]+)", instruction.rest.partition(")")[0])
+    given = sum(sizes.get(name, 0) for name in operands)
+    # The result of a start holds its operands too.
+    taken = instruction.bytes - (given if instruction.opcode.endswith("-start") else 0)
+    return max(given, taken)

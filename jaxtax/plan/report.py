@@ -1,0 +1,126 @@
+"""What a plan found, as a table and as JSON."""
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Way:
+    """Something else that was compiled because the config as it stands does not fit.
+
+    Attributes:
+      overrides: what to put over the config, as on the command line.
+      peak: bytes per device.
+      fits: whether that is available.
+    """
+
+    overrides: tuple[str, ...]
+    peak: int
+    fits: bool
+
+
+@dataclass(frozen=True)
+class Report:
+    """What one step of a config takes on a machine; bytes are per device, of the device that has most.
+
+    Attributes:
+      step: train, forward or decode.
+      topology, num_devices, mesh: the machine, and how it is cut.
+      model, experts, num_params: what is computed, and how its experts are held.
+      bytes_per_device: params, optimizer, activations (all that lives only during the step, gradients
+        included), peak, and what is available.
+      fits: peak <= available.
+      state_aliased: every array of the state is updated in place.
+      flops_per_token: of the model: 2 per weight and direction, attention by the keys that are seen.
+      flops_per_token_done: with what remat computes again.
+      tokens_per_step: over all devices.
+      seconds_floor: of a step at the device's peak: `compute`, and `update`, the optimizer's pass over
+        gradients, weights and moments at the bandwidth of the memory.
+      collectives: kind -> count and bytes in one step (bytes of one device's larger side).
+      loops_counted_once: loops with collectives in them that run an unknown number of times.
+      largest_copy: bytes of the largest array that is only moved.
+      largest_temporary: bytes and shape of the largest array that is no weight, moment or gradient.
+      compile_seconds: tracing included.
+      ways: what else was compiled, if this does not fit; `note`: what no compilation says.
+    """
+
+    config: str
+    step: str
+    topology: str
+    num_devices: int
+    mesh: dict[str, int]
+    model: str
+    experts: str
+    num_params: int
+    fits: bool
+    state_aliased: bool
+    bytes_per_device: dict[str, int]
+    flops_per_token: float
+    flops_per_token_done: float
+    tokens_per_step: int
+    seconds_floor: dict[str, float]
+    collectives: dict[str, dict[str, int]]
+    loops_counted_once: int
+    largest_copy: int
+    largest_temporary: dict[str, Any]
+    compile_seconds: float
+    available_why: str
+    ways: list[Way] = field(default_factory=list)
+    note: str = ""
+
+    def as_json(self) -> dict[str, Any]:
+        """Of plain types."""
+        return asdict(self)
+
+
+def table(report: Report) -> str:
+    """The report in lines for people."""
+    sizes = report.bytes_per_device
+    mesh = ", ".join(f"{axis}={size}" for axis, size in report.mesh.items() if size > 1) or "one device"
+    floor = report.seconds_floor
+    seconds = sum(floor.values())
+    verdict = "fits" if report.fits else "does not fit"
+    rows = [
+        ("step", f"{report.step}, {report.tokens_per_step:,} tokens"),
+        ("model", f"{report.model}: {report.num_params:,} parameters"),
+        ("machine", f"{report.topology}, {report.num_devices} devices ({mesh})"),
+        ("memory", f"{verdict}: {_gib(sizes['peak'])} of {_gib(sizes['available'])} GiB on each device"),
+        ("  parameters", f"{_gib(sizes['params'])} GiB"),
+        ("  optimizer", f"{_gib(sizes['optimizer'])} GiB"),
+        ("  activations", f"{_gib(sizes['activations'])} GiB, gradients included"),
+        ("  available", report.available_why),
+        ("state", "updated in place, all of it" if report.state_aliased else "NOT updated in place"),
+        ("work", _work(report)),
+        ("at the peak", f"{seconds:.3g} s a step: {_parts(floor)}; {_speed(report, seconds)}"),
+    ]
+    for kind, found in report.collectives.items():
+        rows.append((kind, f"{found['count']:,} a step, {found['bytes'] / GIB:.3g} GiB"))
+    if report.loops_counted_once:
+        rows.append(("", f"{report.loops_counted_once} loops with collectives in them were counted once"))
+    rows.append(("compiled in", f"{report.compile_seconds:.0f} s"))
+    for way in report.ways:
+        fits = "fits" if way.fits else "does not fit"
+        rows.append(("instead", f"{' '.join(way.overrides)}: {fits}, {_gib(way.peak)} GiB"))
+    if report.note:
+        rows.append(("note", report.note))
+    return "\n".join(f"{name:<20}  {value}".rstrip() for name, value in rows)
+
+
+def _gib(size: float) -> str:
+    return f"{size / GIB:.1f}" if size >= GIB / 10 else f"{size / GIB:.2g}"
+
+
+def _work(report: Report) -> str:
+    done = report.flops_per_token_done
+    more = f", {done / 1e9:.4g} with what is computed again" if done > report.flops_per_token else ""
+    return f"{report.flops_per_token / 1e9:.4g} GFLOP a token{more}"
+
+
+def _parts(floor: dict[str, float]) -> str:
+    return ", ".join(f"{name} {seconds:.3g} s" for name, seconds in floor.items() if seconds)
+
+
+def _speed(report: Report, seconds: float) -> str:
+    return f"{report.tokens_per_step / seconds / report.num_devices:,.0f} tokens/s per device"

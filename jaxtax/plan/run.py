@@ -1,0 +1,176 @@
+"""From a config and the name of a machine to a report."""
+
+import math
+import re
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from jaxtax.config import TrainConfig
+from jaxtax.model.config import count_parameters
+from jaxtax.model.mlp import ExpertsForm
+from jaxtax.plan.machines import Machine, machine
+from jaxtax.plan.program import Program, size_of
+from jaxtax.plan.report import Report
+from jaxtax.plan.steps import Step, StepKind, Target, abstract_step, bytes_per_device, mesh_of, target
+from jaxtax.plan.ways import others
+from jaxtax.sharding import MESH_AXES, check_mesh
+
+# Without a GPU nothing can be tuned, and some of the untuned Triton products do not compile; cuBLAS is also
+# what products of these sizes run in.
+_OPTIONS: dict[str, dict[str, Any]] = {"cuda": {"xla_gpu_enable_triton_gemm": False}}
+
+
+def plan(
+    cfg: TrainConfig,
+    topology: str,
+    *,
+    name: str = "",
+    kind: StepKind = "train",
+    experts: ExpertsForm | None = None,
+    tries: int = 4,
+    say: Callable[[str], None] | None = None,
+) -> Report:
+    """Compiles a config's step for a machine, and others like it if it does not fit there.
+
+    Args:
+      cfg: neither its data nor its tokenizer nor its model need be there.
+      topology: see machines.py.
+      name: of the config, for the report.
+      kind: train; forward, prompts of `row_tokens` read at once; decode, one more token for each row.
+      experts: how they are held; None: in 4 bits where they are published so and not trained.
+      tries: most compilations of something else.
+      say: is told what is compiled.
+
+    Raises:
+      ValueError: config and machine do not go together, the machine cannot be compiled for, or the step
+        does not compile.
+    """
+    say = say or (lambda _: None)
+    where, wanted = machine(topology), target(cfg, kind, experts)
+    check(wanted, where)
+    devices = where.devices()
+    say(f"compiling the {kind} step of {wanted.named} for {topology}")
+    report = replace(_compiled(wanted, where, devices), config=name)
+    if report.fits or not tries:
+        return report
+    ways, note = others(
+        wanted, where, report, tries, lambda other: _compiled(other, where, devices), check, say
+    )
+    return replace(report, ways=ways, note=note)
+
+
+def check(wanted: Target, where: Machine) -> None:
+    """Checks that the mesh of a config is that of the machine and divides the model.
+
+    Raises:
+      ValueError: it does not.
+    """
+    cfg = wanted.cfg
+    sizes = cfg.mesh.model_dump()
+    count = math.prod(sizes[axis] for axis in MESH_AXES)
+    if count != where.num_devices:
+        found = ", ".join(f"{axis}={sizes[axis]}" for axis in MESH_AXES)
+        raise ValueError(
+            f"mesh ({found}) has {count} devices, but {where.name} has {where.num_devices}; put mesh sizes "
+            f"whose product is {where.num_devices} over the config, as in mesh.fsdp={where.num_devices}"
+        )
+    rows = cfg.batch_rows // cfg.micro_batches
+    four_bit = wanted.experts == "mxfp4"
+    check_mesh(wanted.model_cfg, sizes, rows, row_tokens=cfg.data.row_tokens, four_bit_experts=four_bit)
+
+
+def _compiled(wanted: Target, where: Machine, devices: list[Any]) -> Report:
+    mesh = mesh_of(devices, wanted.cfg.mesh.model_dump())
+    step = abstract_step(wanted, mesh)
+    began = time.monotonic()
+    try:
+        with jax.set_mesh(mesh):
+            compiled = step.lower().compile(compiler_options=_OPTIONS.get(where.kind.platform))
+        program, used = Program(compiled.as_text()), _memory(compiled.memory_analysis())
+    except jax.errors.JaxRuntimeError as error:
+        # Only libtpu counts while it compiles, and says nothing else about what is too large.
+        program, used = None, _too_much(error, where)
+    return _report(wanted, where, mesh, step, program, used, time.monotonic() - began)
+
+
+def _report(
+    wanted: Target, where: Machine, mesh: Mesh, step: Step, program: Program | None, peak: int, seconds: float
+) -> Report:
+    params, optimizer = bytes_per_device(step.params), bytes_per_device(step.optimizer)
+    work, kind, tokens = wanted.work(), where.kind, wanted.tokens
+    sizes = {"params": params, "optimizer": optimizer, "activations": peak - params - optimizer}
+    # Gradients and weights are read, moments and weights are read and written.
+    moved = 3 * params + 2 * optimizer if wanted.kind == "train" else params if wanted.kind == "decode" else 0
+    floor = work.done * tokens / where.num_devices / kind.flops
+    talk = None if program is None else program.collectives
+    return Report(
+        config="",
+        step=wanted.kind,
+        topology=where.name,
+        num_devices=where.num_devices,
+        mesh=dict(mesh.shape),
+        model=wanted.named,
+        experts=wanted.experts,
+        num_params=count_parameters(wanted.model_cfg),
+        fits=peak <= kind.memory,
+        state_aliased=program is not None and _is_aliased(program, step),
+        bytes_per_device=sizes | {"peak": peak, "available": kind.memory},
+        flops_per_token=work.model,
+        flops_per_token_done=work.done,
+        tokens_per_step=tokens,
+        seconds_floor={
+            "compute": floor,
+            "update" if wanted.kind == "train" else "weights": moved / kind.bandwidth,
+        },
+        collectives={} if talk is None else _counted(talk.count, talk.bytes),
+        loops_counted_once=0 if talk is None else talk.uncounted,
+        largest_copy=0 if program is None else max((size_of(*a[1:]) for a in program.copies()), default=0),
+        largest_temporary={} if program is None else _largest(program, step),
+        compile_seconds=seconds,
+        available_why=kind.why,
+    )
+
+
+def _memory(analysis: Any) -> int:
+    """Bytes at the peak: arguments, outputs that are not written over them, and what is in between."""
+    return (
+        analysis.argument_size_in_bytes
+        + analysis.output_size_in_bytes
+        - analysis.alias_size_in_bytes
+        + analysis.temp_size_in_bytes
+    )
+
+
+def _too_much(error: Exception, where: Machine) -> int:
+    """Bytes at the peak, from the words in which libtpu refuses a program.
+
+    Raises:
+      ValueError: it was refused for another reason.
+    """
+    used = re.search(r"Used ([\d.]+)([GMK]) of [\d.]+[GMK] hbm", str(error))
+    if used is None:
+        raise ValueError(f"the step does not compile for {where.name}: {error}") from error
+    return round(float(used[1]) * 2 ** {"G": 30, "M": 20, "K": 10}[used[2]])
+
+
+def _is_aliased(program: Program, step: Step) -> bool:
+    return set(range(len(jax.tree.leaves(step.state)))) <= program.aliased_outputs
+
+
+def _counted(count: dict[str, int], size: dict[str, int]) -> dict[str, dict[str, int]]:
+    return {kind: {"count": count[kind], "bytes": size[kind]} for kind in sorted(count)}
+
+
+def _largest(program: Program, step: Step) -> dict[str, Any]:
+    """The largest array that has not the shape of something in the state, as it lies on a device."""
+    known = {leaf.sharding.shard_shape(leaf.shape) for leaf in jax.tree.leaves((step.params, step.state))}
+    arrays = [
+        (size_of(dtype, shape), dtype, shape) for _, dtype, shape in program.arrays() if shape not in known
+    ]
+    size, dtype, shape = max(arrays, default=(0, "", ()))
+    return {"bytes": size, "dtype": dtype, "shape": list(shape)}
