@@ -65,9 +65,9 @@ class Attention(nnx.Module):
         Returns:
           [B, T, D], and the keys and values this layer now knows: those of the row, or the updated cache.
         """
-        q_BTNH = constrain(rotate(self.q(x_BTD), *rope), *rows, "heads", None)
-        k_BTKH = constrain(rotate(self.k(x_BTD), *rope), *rows, "kv_heads", None)
-        v_BTKH = constrain(self.v(x_BTD), *rows, "kv_heads", None)
+        q_BTNH = constrain(rotate(self.q(x_BTD, rows), *rope), *rows, "heads", None)
+        k_BTKH = constrain(rotate(self.k(x_BTD, rows), *rope), *rows, "kv_heads", None)
+        v_BTKH = constrain(self.v(x_BTD, rows), *rows, "kv_heads", None)
         q_BTNH, k_BTKH, v_BTKH = (checkpoint_name(x, SAVED_NAMES[0]) for x in (q_BTNH, k_BTKH, v_BTKH))
         known = LayerCache(k_BTKH, v_BTKH, positions_BT, segments_BT)
         sinks_N = None if self.sinks is None else self.sinks[...]
@@ -87,4 +87,4 @@ class Attention(nnx.Module):
                 k_segments_BS=known.segments_BS,
                 **more,
             )
-        return self.o(checkpoint_name(mixed_BTNH, SAVED_NAMES[1])), known
+        return self.o(checkpoint_name(mixed_BTNH, SAVED_NAMES[1]), rows), known

@@ -41,7 +41,7 @@ class GatedMlp(nnx.Module):
 
     def __call__(self, x_BTD: Array, rows: RowAxes = ROWS) -> Array:
         """[B, T, D] to [B, T, D]."""
-        return self.down(jax.nn.silu(self.gate(x_BTD)) * self.up(x_BTD))
+        return self.down(jax.nn.silu(self.gate(x_BTD, rows)) * self.up(x_BTD, rows), rows)
 
 
 class FourBitMatrices(nnx.Module):
@@ -86,7 +86,7 @@ class MoeMlp(nnx.Module):
 
     def __call__(self, x_BTD: Array, rows: RowAxes = ROWS) -> Array:
         """[B, T, D] to [B, T, D]. Routing is decided in float32: ties in bf16 logits swap experts."""
-        logits_BTE = constrain(self.router(x_BTD.astype(jnp.float32)), *rows, None)
+        logits_BTE = constrain(self.router(x_BTD.astype(jnp.float32), rows), *rows, None)
         w = Experts(_arrays(self.up), self.up_bias[...], _arrays(self.down), self.down_bias[...])
         if self.first is not None:
             return self._one_of_many(x_BTD, logits_BTE, w)
