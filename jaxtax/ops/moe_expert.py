@@ -1,5 +1,6 @@
 """One expert on one block of its tokens: both directions, written out by hand."""
 
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -32,11 +33,27 @@ class Gradients(NamedTuple):
     down_bias_D: Array | None
 
 
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
 def swiglu(activation: Swiglu, h: Array) -> Array:
     """[..., U] with gate and up interleaved, to [..., F]."""
-    gate = jnp.minimum(h[..., 0::2], activation.limit)
-    up = jnp.clip(h[..., 1::2], -activation.limit, activation.limit)
-    return gate * jax.nn.sigmoid(activation.alpha * gate) * (up + 1)
+    return _swiglu_and_slopes(activation, h)[0]
+
+
+def _swiglu_forward(activation: Swiglu, h: Array) -> tuple[Array, Array]:
+    return swiglu(activation, h), h
+
+
+def _swiglu_backward(activation: Swiglu, h: Array, dact: Array) -> tuple[Array]:
+    _, gate_slope, up_slope = _swiglu_and_slopes(activation, h)
+    return (interleave(dact * gate_slope, dact * up_slope),)
+
+
+swiglu.defvjp(_swiglu_forward, _swiglu_backward)
+
+
+def interleave(gate: Array, up: Array) -> Array:
+    """Two of [..., F] to [..., U]."""
+    return jnp.stack([gate, up], axis=-1).reshape(*gate.shape[:-1], -1)
 
 
 def block_forward(activation: Swiglu, x_CD: Array, e: Expert) -> tuple[Array, Array]:
@@ -55,8 +72,7 @@ def block_backward(
     dact_CF = product(dy_CD, e.down_FD, (1, 1))
     dweights_C = (dact_CF * act_CF).sum(axis=1) + (wide * e.down_bias_D[None]).sum(axis=1)
     dact_CF *= weights_C[:, None]
-    dh_CU = jnp.stack([dact_CF * gate_slope_CF, dact_CF * up_slope_CF], axis=-1).reshape(h_CU.shape)
-    dh_CU = dh_CU.astype(dtype)
+    dh_CU = interleave(dact_CF * gate_slope_CF, dact_CF * up_slope_CF).astype(dtype)
     act_CF *= weights_C[:, None]
     grads = Gradients(
         up_DU=product(x_CD, dh_CU, (0, 0)) if asked.up else None,
@@ -67,17 +83,19 @@ def block_backward(
     return product(dh_CU, e.up_DU, (1, 1)), dweights_C, grads
 
 
-def _swiglu_and_slopes(activation: Swiglu, h_CU: Array) -> tuple[Array, Array, Array]:
-    """(act, d act / d gate, d act / d up), each [C, F]; on CPU autodiff of strided slices is slow."""
+def _swiglu_and_slopes(activation: Swiglu, h: Array) -> tuple[Array, Array, Array]:
+    """(act, d act / d gate, d act / d up), each [..., F].
+
+    Autodiff of strided slices is slow on CPU, and takes the compiler for TPUs all memory that there is.
+    """
     limit, alpha = activation
-    gate_CF, up_CF = h_CU[:, 0::2], h_CU[:, 1::2]
-    gate_is_free_CF, up_is_free_CF = gate_CF <= limit, jnp.abs(up_CF) <= limit
-    gate_CF, up_CF = jnp.minimum(gate_CF, limit), jnp.clip(up_CF, -limit, limit) + 1
-    sigmoid_CF = jax.nn.sigmoid(alpha * gate_CF)
-    swish_CF = gate_CF * sigmoid_CF
-    gate_slope_CF = up_CF * sigmoid_CF * (1 + alpha * gate_CF * (1 - sigmoid_CF))
-    gate_slope_CF = jnp.where(gate_is_free_CF, gate_slope_CF, 0)
-    return swish_CF * up_CF, gate_slope_CF, jnp.where(up_is_free_CF, swish_CF, 0)
+    gate, up = h[..., 0::2], h[..., 1::2]
+    gate_is_free, up_is_free = gate <= limit, jnp.abs(up) <= limit
+    gate, up = jnp.minimum(gate, limit), jnp.clip(up, -limit, limit) + 1
+    sigmoid = jax.nn.sigmoid(alpha * gate)
+    swish = gate * sigmoid
+    gate_slope = jnp.where(gate_is_free, up * sigmoid * (1 + alpha * gate * (1 - sigmoid)), 0)
+    return swish * up, gate_slope, jnp.where(up_is_free, swish, 0)
 
 
 def product(a: Array, b: Array, contract: tuple[int, int]) -> Array:

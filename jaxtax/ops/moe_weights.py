@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import jax
 from jax import Array
+from jax.experimental.layout import Layout, with_layout_constraint
 
 from jaxtax.ops import mxfp4
 from jaxtax.ops.mxfp4 import FourBit
@@ -58,8 +59,14 @@ def take(matrices: Array | FourBit, expert: Array, dtype: Any) -> Array:
     if isinstance(matrices, FourBit):
         # Turned as the others are, although products could take it as it is stored: for that layout XLA adds
         # up in another order on CPU, and a model would not give the same bits in both forms.
-        return mxfp4.decode_matrices(FourBit(*(array[expert] for array in matrices)), dtype)
+        return mxfp4.decode_matrices(FourBit(*(_as_stored(array[expert]) for array in matrices)), dtype)
     return matrices[expert].astype(dtype)
+
+
+def _as_stored(array: Array) -> Array:
+    """`array`, which lies in memory in the order of its axes: XLA for GPUs would choose the order in which it
+    is used, also for what it was sliced from, and hold a turned copy of all experts of all layers."""
+    return with_layout_constraint(array, Layout(tuple(range(array.ndim))))
 
 
 def all_matrices(matrices: Array | FourBit, dtype: Any) -> Array:

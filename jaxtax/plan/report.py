@@ -4,6 +4,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 GIB = 2**30
+_IN_PLACE = {True: "updated in place, all of it", False: "NOT updated in place", None: "not compiled"}
 
 
 @dataclass(frozen=True)
@@ -32,12 +33,14 @@ class Report:
       bytes_per_device: params, optimizer, activations (all that lives only during the step, gradients
         included), peak, and what is available.
       fits: peak <= available.
-      state_aliased: every array of the state is updated in place.
+      state_aliased: every array of the state is updated in place; None: it did not compile, so that this,
+        the collectives and the largest arrays are not known.
       flops_per_token: of the model: 2 per weight and direction, attention by the keys that are seen.
       flops_per_token_done: with what remat computes again.
       tokens_per_step: over all devices.
-      seconds_floor: of a step at the device's peak: `compute`, and `update`, the optimizer's pass over
-        gradients, weights and moments at the bandwidth of the memory.
+      seconds_floor: of a step at the device's peak: `compute`, and at the bandwidth of its memory `update`
+        (the optimizer's pass over gradients, weights and moments, after the rest) or `weights` (that
+        generation reads, at the same time; experts as evenly routed tokens use them).
       collectives: kind -> count and bytes in one step (bytes of one device's larger side).
       loops_counted_once: loops with collectives in them that run an unknown number of times.
       largest_copy: bytes of the largest array that is only moved.
@@ -55,7 +58,7 @@ class Report:
     experts: str
     num_params: int
     fits: bool
-    state_aliased: bool
+    state_aliased: bool | None
     bytes_per_device: dict[str, int]
     flops_per_token: float
     flops_per_token_done: float
@@ -70,6 +73,12 @@ class Report:
     ways: list[Way] = field(default_factory=list)
     note: str = ""
 
+    @property
+    def seconds(self) -> float:
+        """The floor of a step."""
+        parts = self.seconds_floor.values()
+        return sum(parts) if self.step == "train" else max(parts)
+
     def as_json(self) -> dict[str, Any]:
         """Of plain types."""
         return asdict(self)
@@ -80,7 +89,7 @@ def table(report: Report) -> str:
     sizes = report.bytes_per_device
     mesh = ", ".join(f"{axis}={size}" for axis, size in report.mesh.items() if size > 1) or "one device"
     floor = report.seconds_floor
-    seconds = sum(floor.values())
+    seconds = report.seconds
     verdict = "fits" if report.fits else "does not fit"
     rows = [
         ("step", f"{report.step}, {report.tokens_per_step:,} tokens"),
@@ -91,7 +100,7 @@ def table(report: Report) -> str:
         ("  optimizer", f"{_gib(sizes['optimizer'])} GiB"),
         ("  activations", f"{_gib(sizes['activations'])} GiB, gradients included"),
         ("  available", report.available_why),
-        ("state", "updated in place, all of it" if report.state_aliased else "NOT updated in place"),
+        ("state", _IN_PLACE[report.state_aliased]),
         ("work", _work(report)),
         ("at the peak", f"{seconds:.3g} s a step: {_parts(floor)}; {_speed(report, seconds)}"),
     ]

@@ -55,11 +55,11 @@ def plan(
     check(wanted, where)
     devices = where.devices()
     say(f"compiling the {kind} step of {wanted.named} for {topology}")
-    report = replace(_compiled(wanted, where, devices), config=name)
+    report = replace(examine(wanted, where, devices)[0], config=name)
     if report.fits or not tries:
         return report
     ways, note = others(
-        wanted, where, report, tries, lambda other: _compiled(other, where, devices), check, say
+        wanted, where, report, tries, lambda other: examine(other, where, devices)[0], check, say
     )
     return replace(report, ways=ways, note=note)
 
@@ -84,7 +84,12 @@ def check(wanted: Target, where: Machine) -> None:
     check_mesh(wanted.model_cfg, sizes, rows, row_tokens=cfg.data.row_tokens, four_bit_experts=four_bit)
 
 
-def _compiled(wanted: Target, where: Machine, devices: list[Any]) -> Report:
+def examine(wanted: Target, where: Machine, devices: list[Any]) -> tuple[Report, Program | None]:
+    """Compiles the step of `wanted`; what there is to say of it, and the program, if it compiles.
+
+    Raises:
+      ValueError: the step does not compile, and not for its size.
+    """
     mesh = mesh_of(devices, wanted.cfg.mesh.model_dump())
     step = abstract_step(wanted, mesh)
     began = time.monotonic()
@@ -94,8 +99,8 @@ def _compiled(wanted: Target, where: Machine, devices: list[Any]) -> Report:
         program, used = Program(compiled.as_text()), _memory(compiled.memory_analysis())
     except jax.errors.JaxRuntimeError as error:
         # Only libtpu counts while it compiles, and says nothing else about what is too large.
-        program, used = None, _too_much(error, where)
-    return _report(wanted, where, mesh, step, program, used, time.monotonic() - began)
+        program, used = None, _too_much(error, where, step)
+    return _report(wanted, where, mesh, step, program, used, time.monotonic() - began), program
 
 
 def _report(
@@ -104,8 +109,8 @@ def _report(
     params, optimizer = bytes_per_device(step.params), bytes_per_device(step.optimizer)
     work, kind, tokens = wanted.work(), where.kind, wanted.tokens
     sizes = {"params": params, "optimizer": optimizer, "activations": peak - params - optimizer}
-    # Gradients and weights are read, moments and weights are read and written.
-    moved = 3 * params + 2 * optimizer if wanted.kind == "train" else params if wanted.kind == "decode" else 0
+    # Of an update: gradients and weights are read, moments and weights are read and written.
+    moved = 3 * params + 2 * optimizer if wanted.kind == "train" else step.weights_read
     floor = work.done * tokens / where.num_devices / kind.flops
     talk = None if program is None else program.collectives
     return Report(
@@ -118,7 +123,7 @@ def _report(
         experts=wanted.experts,
         num_params=count_parameters(wanted.model_cfg),
         fits=peak <= kind.memory,
-        state_aliased=program is not None and _is_aliased(program, step),
+        state_aliased=None if program is None else _is_aliased(program, step),
         bytes_per_device=sizes | {"peak": peak, "available": kind.memory},
         flops_per_token=work.model,
         flops_per_token_done=work.done,
@@ -146,16 +151,18 @@ def _memory(analysis: Any) -> int:
     )
 
 
-def _too_much(error: Exception, where: Machine) -> int:
+def _too_much(error: Exception, where: Machine, step: Step) -> int:
     """Bytes at the peak, from the words in which libtpu refuses a program.
 
     Raises:
       ValueError: it was refused for another reason.
     """
-    used = re.search(r"Used ([\d.]+)([GMK]) of [\d.]+[GMK] hbm", str(error))
-    if used is None:
+    all_of_it = re.search(r"Used ([\d.]+)([GMK]) of [\d.]+[GMK] hbm", str(error))
+    found = all_of_it or re.search(r"required for HLO temporaries \(([\d.]+)([GMK])\)", str(error))
+    if found is None:
         raise ValueError(f"the step does not compile for {where.name}: {error}") from error
-    return round(float(used[1]) * 2 ** {"G": 30, "M": 20, "K": 10}[used[2]])
+    arguments = 0 if all_of_it else bytes_per_device((step.params, step.optimizer))
+    return arguments + round(float(found[1]) * 2 ** {"G": 30, "M": 20, "K": 10}[found[2]])
 
 
 def _is_aliased(program: Program, step: Step) -> bool:

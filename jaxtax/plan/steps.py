@@ -74,12 +74,14 @@ class Step:
       params: weights, trained or not.
       optimizer: moments.
       state: what the step gives back changed, in the order of its outputs.
+      weights_read: bytes of weights that a device reads when it generates.
     """
 
     lower: Callable[[], Any]
     params: Any
     optimizer: Any
     state: Any
+    weights_read: float = 0.0
 
 
 def target(cfg: TrainConfig, kind: StepKind, experts: ExpertsForm | None = None) -> Target:
@@ -181,7 +183,7 @@ def _forward(target: Target, mesh: Mesh) -> Step:
     def lower() -> Any:
         return start.lower(model, rows.tokens_BT, rows.segments_BT, state.seeds_B, decoding=decoding)
 
-    return Step(lower, model, (), ())
+    return Step(lower, model, (), (), _weights_read(target, model, rows.tokens_BT.size))
 
 
 def _decode(target: Target, mesh: Mesh) -> Step:
@@ -191,7 +193,17 @@ def _decode(target: Target, mesh: Mesh) -> Step:
     def lower() -> Any:
         return advance.lower(model, state, 2, decoding=decoding)
 
-    return Step(lower, model, (), state)
+    return Step(lower, model, (), state, _weights_read(target, model, target.cfg.batch_rows))
+
+
+def _weights_read(target: Target, model: Any, tokens: int) -> float:
+    """Bytes on one device, all experts read that evenly routed `tokens` choose."""
+    moe, total = target.model_cfg.moe, float(bytes_per_device(model))
+    if moe is None:
+        return total
+    experts = [stack.mlp.up for stack in model.stacks] + [stack.mlp.down for stack in model.stacks]
+    unused = (1 - moe.experts_per_token / moe.num_experts) ** tokens
+    return total - unused * bytes_per_device(experts)
 
 
 def _decoding(target: Target, mesh: Mesh) -> tuple[Any, Any, Decoding]:
