@@ -12,7 +12,7 @@ help:
 	@echo "make install    build the environment in .venv, the tests' tools included"
 	@echo "make install-plan      what jaxtax plan compiles with, in .venv-plan (350 MB to download)"
 	@echo "make lock       write requirements/ anew from pyproject.toml"
-	@echo "make install-locked    .venv without the tests' tools, every file checked against requirements/"
+	@echo "make install-locked    .venv without the tests' tools, every file checked against requirements/; EXTRA=cuda for GPUs"
 	@echo "make clean      remove .venv and caches; results in runs/ stay"
 
 # The core alone runs a study; the test extra is large (torch), so it waits until a test asks for it.
@@ -39,20 +39,24 @@ install-plan: .venv/.core
 	  $$($(BIN)/python -m jaxtax.plan.packages)
 
 # The exact versions and files of requirements/, and nothing else; the index is not trusted with either.
+# EXTRA=cuda brings JAX for NVIDIA's GPUs.
 install-locked:
 	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || sh launch/install_venv.sh $(PYTHON)
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes --only-binary :all: \
-	  -r requirements/py$$($(BIN)/python -c 'import sys; print("%d%d" % sys.version_info[:2])').txt
+	  -r requirements/py$$($(BIN)/python -c 'import sys; print("%d%d" % sys.version_info[:2])')$(if $(EXTRA),-$(EXTRA)).txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
 
 # What pyproject.toml resolves to today, with the hash of every file; setuptools builds jaxtax itself.
 lock: .venv/.core
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
 	for minor in 11 12; do \
-	  echo 'setuptools>=77' | $(BIN)/uv pip compile pyproject.toml - --quiet --python-version 3.$$minor \
-	    --python-platform x86_64-manylinux_2_28 --generate-hashes --no-emit-index-url --no-annotate --upgrade \
-	    --custom-compile-command 'make lock' --output-file requirements/py3$$minor.txt || exit 1; \
+	  for extra in '' cuda; do \
+	    echo 'setuptools>=77' | $(BIN)/uv pip compile pyproject.toml - --quiet --python-version 3.$$minor \
+	      --python-platform x86_64-manylinux_2_28 --generate-hashes --no-emit-index-url --no-annotate --upgrade \
+	      $${extra:+--extra $$extra --constraint requirements/py3$$minor.txt} --custom-compile-command 'make lock' \
+	      --output-file requirements/py3$$minor$${extra:+-$$extra}.txt || exit 1; \
+	  done; \
 	done
 
 study: .venv/.core

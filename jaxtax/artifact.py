@@ -44,6 +44,10 @@ class DamagedError(ValueError):
     """An artifact cannot be read, or does not hold what was stored in it."""
 
 
+class FailedError(OSError):
+    """Something could not be written or read, here or in another process."""
+
+
 def write_text(path: Path, text: str) -> None:
     """Writes `text` as UTF-8 so that `path` holds either the old content or all of the new one."""
     beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")

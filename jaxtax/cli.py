@@ -1,17 +1,12 @@
 """The `jaxtax` command: parse, call one function, say where the result is and what comes next.
 
 Nothing heavy is imported before a verb needs it, so that `--help` and every refused config answer at once.
-Results go to stdout, progress and faults to stderr. Exit codes: 0 done, 1 a training that diverged or an
-artifact that is damaged, 2 a fault of the command, its config or its files, 75 told to leave (SIGTERM) with
-all that is needed to go on, 130 interrupted; hosts/leave.py has those of runs in several processes.
+Results go to stdout, progress and faults to stderr. Exit codes: 0 done, 1 a training that diverged or failed
+after it had begun, an artifact that is damaged or could not be written, 2 a fault of the command, its config
+or its files, 75 told to leave (SIGTERM) with all that is needed to go on, 130 interrupted; hosts/leave.py has
+those of runs in several processes.
 """
 
-import os
-import signal
-import sys
-import traceback
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,12 +15,12 @@ from typer.core import TyperGroup
 
 import jaxtax
 from jaxtax import cli_convert, cli_doctor, cli_plan
+from jaxtax.cli_faults import faults_in_words
 from jaxtax.cli_output import open_progress, say
 from jaxtax.hosts.leave import exits_hard
 from jaxtax.hosts.start import start, start_alone
 
 ORDER = ("study", "train", "eval", "report", "generate", "convert", "data", "show", "bench", "doctor", "plan")
-GOES_ON = ("study", "train", "eval", "convert")
 
 ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML file, like those in configs/.")]
 Overrides = Annotated[
@@ -36,35 +31,6 @@ Overrides = Annotated[
         show_default=False,
     ),
 ]
-
-
-@contextmanager
-def faults_in_words(ctx: Any) -> Iterator[None]:
-    """Turns what a user can cause into a message and an exit code; JAXTAX_TRACEBACK=1 lets it through."""
-    from jaxtax.hosts.leave import EXIT_AGAIN
-    from jaxtax.train.leaving import StoppedError, leaves_at_once
-
-    try:
-        with leaves_at_once():
-            yield
-    except KeyboardInterrupt:
-        how = "; run the same command again to go on" if ctx.invoked_subcommand in GOES_ON else ""
-        print(f"\ninterrupted{how}", file=sys.stderr)
-        sys.exit(130)
-    except StoppedError as stopped:
-        again = ctx.invoked_subcommand in GOES_ON
-        print(f"{stopped}{'; run the same command again to go on' if again else ''}", file=sys.stderr)
-        sys.exit(EXIT_AGAIN if again else 128 + signal.SIGTERM)
-    except (ValueError, OSError, FloatingPointError) as error:
-        from jaxtax.artifact import DamagedError
-
-        if os.environ.get("JAXTAX_TRACEBACK"):
-            raise
-        print(error, file=sys.stderr)
-        raised_in = traceback.extract_tb(error.__traceback__)[-1].filename
-        if not Path(raised_in).is_relative_to(Path(__file__).parent):  # perhaps no fault of the user's
-            print(f"({type(error).__name__}; JAXTAX_TRACEBACK=1 shows where it came up)", file=sys.stderr)
-        sys.exit(1 if isinstance(error, (FloatingPointError, DamagedError)) else 2)
 
 
 class Verbs(TyperGroup):
@@ -150,7 +116,7 @@ def study(
         for part in check(cfg):
             print(f"{'done' if part.done else 'to do':<5}  {part.name}  ({part.directory})")
         return
-    start_alone("study")
+    start()
     with open_progress("study") as progress:
         report = study(cfg, progress=progress)
     say(report=report / "index.html", numbers=report / "summary.json", next=f"jaxtax show {cfg.out}")
@@ -181,7 +147,7 @@ def evaluate(config: ConfigFile, overrides: Overrides = None) -> None:
     cfg = _read(config, overrides, "eval")
     from jaxtax.evals.run import evaluate
 
-    start_alone("eval")
+    start()
     with open_progress("eval") as progress:
         out = evaluate(cfg, progress=progress)
     say(evaluation=out, next=f"jaxtax show {out}")
@@ -232,6 +198,7 @@ def generate(
         Path | None, typer.Option(metavar="REPLIES.jsonl", help="With --file: goes on where it was.")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print each reply as a line of JSON.")] = False,
+    mesh: Annotated[list[str] | None, typer.Option(help="Devices, as in fsdp=8,tensor=2.")] = None,
 ) -> None:
     """Let a model reply: to prompts, in a chat, to a file of prompts.
 
@@ -243,7 +210,7 @@ def generate(
 
     start_alone("generate")
     replies = run(
-        model, words or [], flags, file=file, out=out, as_json=as_json,
+        model, words or [], flags, file=file, out=out, as_json=as_json, mesh=mesh or (),
         open_progress=lambda: open_progress("generate"),
     )  # fmt: skip
     if replies is not None:

@@ -28,9 +28,16 @@ def doctor(
     """
     from jaxtax.artifact import write_json
     from jaxtax.doctor import as_table
-    from jaxtax.doctor.visit import visit
+    from jaxtax.doctor.visit import meet, visit
 
-    report, speaks = visit(_read(config, overrides or []), hosts=hosts)
+    cfg = _read(config, overrides or [])
+    here = visit(cfg)
+    report, speaks = here.report, True
+    if hosts and here.can_meet:
+        # What is wrong here is said first: the others may not come, or not be reached.
+        if not report.passed:
+            print(f"on {here.machine.host}, before it meets the others:\n{as_table(report)}", flush=True)
+        report, speaks = meet(here, getattr(cfg, "hosts", None))
     if speaks and json_path is not None:
         write_json(json_path, report.as_json())
     if speaks:

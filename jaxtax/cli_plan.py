@@ -35,7 +35,7 @@ def plan(
         Path | None, typer.Option("--json", metavar="FILE", help="Also write the report there.")
     ] = None,
 ) -> None:
-    """Compile a config's step for a machine that is not here: memory, work, collectives, fit.
+    """What a config takes on a machine that is not here; does it fit?
 
     Neither data nor weights need be there. Compilers for GPUs and TPUs: make install-plan.
     """
@@ -50,8 +50,9 @@ def plan(
     from jaxtax.plan.report import table
     from jaxtax.plan.run import plan
 
+    held: Any = experts
     report = plan(
-        cfg, topology, name=str(config), kind=kind, experts=experts, tries=tries,
+        cfg, topology, name=str(config), kind=kind, experts=held, tries=tries,
         say=lambda words: print(words, file=sys.stderr),
     )  # fmt: skip
     if json_path is not None:
@@ -81,7 +82,11 @@ def _schemas() -> dict[str, Any]:
 def _quiet(topology: str) -> None:
     """Before JAX starts: it is to look for no device, and the compilers are to say nothing but faults."""
     os.environ["JAX_PLATFORMS"] = "cpu"
-    os.environ["TPU_SKIP_MDS_QUERY"] = "1"  # else libtpu asks the network what machine this is
+    # Else libtpu asks the network what machine this is, and complains that it cannot tell.
+    os.environ["TPU_SKIP_MDS_QUERY"] = "1"
+    os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"  # there is no TPU that only one process may have
+    os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+    os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5p-8")
     for name in ("TF_CPP_MIN_LOG_LEVEL", "TPU_MIN_LOG_LEVEL", "TPU_STDERR_LOG_LEVEL"):
         os.environ.setdefault(name, "3")
     count = topology.removeprefix("cpu:")

@@ -10,7 +10,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from jaxtax.config_blocks import BadSteps, Hosts, Mesh, Optimizer, Precision, Strict
+from jaxtax.config_blocks import BadSteps, Hosts, Mesh, MeshSizes, Optimizer, Precision, Strict
 
 # What has to be there before a run starts; config_file.py looks when it reads a config.
 InputFile = Annotated[Path, "file"]
@@ -67,8 +67,8 @@ class Stage(Strict):
     """How one training run learns; the model and the directories come from outside.
 
     A save that fails is made up for by the next; after `most_failed_saves` in a row the run stops.
-    `compare_replicas_every_steps`: whether copies of the same numbers are equal on all devices is checked
-    every so many steps and before every save; null: never.
+    Before every save it is checked that copies of the same numbers are equal on all devices that hold them;
+    `compare_replicas_every_steps`: also every so many steps.
     """
 
     data: Data
@@ -162,6 +162,7 @@ class Ask(Strict):
 
     `max_new_tokens` null: 1024, or half of a smaller context. `compute` null: the dtype of the weights.
     `chat` null: the format that the model was trained with. `system` is put over what it was trained with.
+    `mesh`: the devices that `jaxtax generate` spreads the model over.
     """
 
     temperature: float = Field(default=0.0, ge=0)
@@ -173,17 +174,20 @@ class Ask(Strict):
     compute: Literal["float32", "bfloat16", "float16"] | None = None
     chat: str | None = None
     system: SystemMessage | None = None
+    mesh: MeshSizes = MeshSizes()
 
 
 class Evaluation(Strict):
     """What is measured, whichever model it is measured on.
 
-    `compute` null: the dtype of the model's weights, so that a model is measured as it will be used.
+    `compute` null: the dtype of the model's weights, so that a model is measured as it will be used. `mesh`:
+    the devices that the model is spread over, with any number of rows; it changes no reply.
     """
 
     tasks: tuple[Task, ...] = Field(min_length=1)
     sampling: Sampling = Sampling()
     compute: Literal["float32", "bfloat16", "float16"] | None = None
+    mesh: MeshSizes = MeshSizes()
 
 
 class EvalConfig(Evaluation):

@@ -46,29 +46,36 @@ class Precision(Strict):
     rounding: Literal["nearest", "stochastic"] = "nearest"
 
 
-class Mesh(Strict):
-    """Devices along each mesh axis; a size of 1 switches an axis off.
-
-    `split_sequence` is for rows too long for one device: the devices along fsdp then hold pieces of the same
-    rows instead of different rows. The size of `data` times `expert` is then what has to divide the rows.
-    """
+class MeshSizes(Strict):
+    """Devices along each mesh axis; a size of 1 switches an axis off."""
 
     data: int = Field(default=1, ge=1)
     fsdp: int = Field(default=1, ge=1)
     expert: int = Field(default=1, ge=1)
     tensor: int = Field(default=1, ge=1)
+
+
+class Mesh(MeshSizes):
+    """The mesh of a training run.
+
+    `split_sequence` is for rows too long for one device: the devices along fsdp then hold pieces of the same
+    rows instead of different rows. The size of `data` times `expert` is then what has to divide the rows.
+    """
+
     split_sequence: bool = False
 
 
 class Hosts(Strict):
-    """How long the processes of a run wait for each other; null: what hosts/start.py says.
+    """How long the processes of a run wait for each other; null: what hosts/limits.py says.
 
     `heartbeat_seconds`: without a sign of life of one of them; `init_seconds`, `shutdown_seconds`: for the
-    last to start and to end. JAXTAX_HEARTBEAT_SECONDS and the like are put over this.
+    last to start and to end; `save_seconds`: for the slowest to write or read its part of a state or a model,
+    also where there is only one. JAXTAX_HEARTBEAT_SECONDS and the like are put over this.
     """
 
     heartbeat_seconds: float | None = Field(default=None, ge=1)
     init_seconds: float | None = Field(default=None, ge=1)
+    save_seconds: float | None = Field(default=None, ge=1)
     shutdown_seconds: float | None = Field(default=None, ge=1)
 
 

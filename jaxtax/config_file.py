@@ -11,6 +11,7 @@ must be there when its config is loaded, so that nothing is computed or written 
 
 import json
 import os
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -187,6 +188,12 @@ def _settle_paths(data: dict[str, Any], schema: type[BaseModel], where: Callable
             text = text.replace(f"${{{ASSETS}}}", os.environ[ASSETS])
         if "${" in text:
             faults.append(f"{where(leaf.key)}: found {text!r}; only ${{{ASSETS}}} is expanded")
+            continue
+        if re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", text):
+            faults.append(
+                f"{where(leaf.key)}: found {text!r}, an address; expected a path: mount what is there (with "
+                "gcsfuse, say), and give the path that it has then"
+            )
             continue
         path = Path(text).expanduser()
         leaf.holder[leaf.index] = str(path)

@@ -1,7 +1,25 @@
-"""Faults in words: the first few of many, and the known name that is nearest to a wrong one."""
+"""Faults in words: those of several checks, the first few of many, the known name nearest to a wrong one."""
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
+
+
+def all_of(*checks: Callable[[], Any]) -> list[Any]:
+    """What each of `checks` gives.
+
+    Raises:
+      ValueError: with the faults of all that have some.
+    """
+    given, faults = [], []
+    for check in checks:
+        try:
+            given.append(check())
+        except ValueError as error:
+            faults.append(str(error))
+    if faults:
+        raise ValueError("\n".join(dict.fromkeys(faults)))
+    return given
 
 
 def first_faults(faults: Sequence[str], most: int) -> list[str]:

@@ -6,13 +6,16 @@ ledger.jsonl has a line at least every few seconds of work, and one before and a
     {"session": 2, "time": 1763715609.3, "step": 40, "seconds": {}, "event": "..."}
 
 A session is one process's part of the run. Every moment of it is counted under one of KINDS, so that the
-sums are the wall time. What no session accounts for, between a killed one's last line and the next one's
-first, is "down"; the work that a killed session did after its last save, and the next one did again, is
-"lost".
+sums are the wall time. The work that a killed session did after its last save, and the next one did again, is
+"lost", up to the last sign of life: while a session lives, the file's time of change is the present second,
+and the next session notes it. What no session accounts for, from there to the next one's beginning, is
+"down".
 """
 
 import os
+import threading
 import time
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -33,6 +36,7 @@ KINDS = {
     "down": "down between sessions",
 }
 _EVERY = 5.0  # seconds between two lines at most, while there is something to say
+_BEAT = 1.0  # seconds between two signs of life
 
 
 class Ledger:
@@ -58,17 +62,24 @@ class Ledger:
         self._zero = time.time() - now
         if began is not None:
             self._last = min(now, began - self._zero)
-        self._first: float | None = self._zero + self._last
+        self._first: dict[str, float] = {"began": round(self._zero + self._last, 6)}
+        self._ended = threading.Event()
 
     def open(self, out: Path) -> None:
         """Goes on in the ledger of the run in `out`."""
         path = out / LEDGER
         lines = read_json_lines(path)
+        if lines:
+            self._first["before"] = round(path.stat().st_mtime, 6)
         if path.exists():
             os.truncate(path, whole_bytes(path))
         self._session = 1 + max((line["session"] for line in lines), default=0)
         self._lines = JsonLines(path)
         self._write()
+        threading.Thread(
+            target=_beat, args=(path, self._zero, self._ended), name="ledger", daemon=True
+        ).start()
+        weakref.finalize(self, self._ended.set)  # a session that fails early is not closed
 
     @contextmanager
     def doing(self, kind: str) -> Iterator[None]:
@@ -106,13 +117,14 @@ class Ledger:
         self._write(event=text)
 
     def close(self) -> None:
-        """Writes what is left.
+        """Writes what is left; nothing comes after it.
 
         Raises:
           OSError: it cannot be written.
         """
+        self._ended.set()
         self._count()
-        self._write()
+        self._write(closed=True)
         if self._lines is not None:
             self._lines.flush()
 
@@ -127,12 +139,19 @@ class Ledger:
             return
         seconds = {kind: round(spent, 6) for kind, spent in self._seconds.items() if spent > 0}
         line = {"session": self._session, "time": round(self._zero + self._last, 6), "step": self._step}
-        if self._first is not None:
-            line["began"] = round(self._first, 6)
-            self._first = None
-        self._lines.add(line | {"seconds": seconds} | more)
-        self._seconds = {}
+        self._lines.add(line | self._first | {"seconds": seconds} | more)
+        self._first, self._seconds = {}, {}
         self._written = self._last
+
+
+def _beat(path: Path, zero: float, ended: threading.Event) -> None:
+    """Sets the time of change of a ledger, by the clock of its lines, until the session has ended."""
+    while not ended.wait(_BEAT):
+        now = zero + time.monotonic()
+        try:
+            os.utime(path, (now, now))
+        except OSError:  # a file system that stands still for a while, or keeps no times
+            continue
 
 
 def read_goodput(run: Path) -> dict[str, Any] | None:
@@ -178,7 +197,13 @@ def _added_up(lines: list[dict[str, Any]]) -> dict[str, Any]:
             for kind, spent in line["seconds"].items():
                 seconds["lost" if lost else kind] += spent
         if number:
-            seconds["down"] += max(0.0, part[0]["began"] - parts[number - 1][-1]["time"])
+            last, began = parts[number - 1][-1]["time"], part[0]["began"]
+            # Between lines the clock of a file server may have set the time: it is not believed beyond these.
+            # A session that was closed did nothing after its last line.
+            closed = parts[number - 1][-1].get("closed", False)
+            alive = last if closed else min(max(part[0].get("before", last), last), max(began, last))
+            seconds["lost"] += alive - last
+            seconds["down"] += max(0.0, began - alive)
     return {
         "wall": sum(seconds.values()),
         "seconds": seconds,

@@ -48,6 +48,11 @@ class Claim:
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._beat, name="owner", daemon=True)
 
+    @property
+    def token(self) -> str:
+        """What tells this claim from all others; see `is_held`."""
+        return str(self._me["token"])
+
     def check(self) -> None:
         """Checks that the directory is still this process's own; to be called before it is written to.
 
@@ -121,6 +126,14 @@ def claim(directory: Path, what: str, *, say: Callable[[str], None] | None = Non
         yield claim
     finally:
         claim._leave()
+
+
+def is_held(directory: Path, token: str) -> bool:
+    """Whether the claim of `directory`, as it is seen from here, is the one with this token."""
+    try:
+        return (_read(directory / OWNER) or {}).get("token") == token
+    except OSError:  # a directory that this process may not look into
+        return False
 
 
 def process_started(pid: int) -> str | None:

@@ -5,14 +5,19 @@ itself is written out per device, with the same table: experts (ops/moe_parallel
 are cut (ops/attention_parallel.py), and the loss (ops/loss.py).
 """
 
-from collections.abc import Mapping
+import contextlib
+import math
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import jax
 import numpy as np
 from flax import nnx
+from jax.experimental import mesh_utils
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+
+from jaxtax.faults import all_of
 
 Array = jax.Array
 
@@ -50,20 +55,56 @@ def row_axes(split_sequence: bool) -> RowAxes:
 
 
 def make_mesh(sizes: Mapping[str, int]) -> Mesh:
-    """A mesh over the first devices, one axis per entry of MESH_AXES.
+    """A mesh over the first devices, one axis per entry of MESH_AXES; of several processes, over all devices.
 
     Raises:
-      ValueError: the sizes ask for more devices than there are.
+      ValueError: the sizes ask for more devices than there are; of several processes, for other than all.
     """
     shape = tuple(sizes.get(axis, 1) for axis in MESH_AXES)
-    wanted, devices = int(np.prod(shape)), jax.devices()
+    wanted, devices, processes = math.prod(shape), jax.devices(), jax.process_count()
+    asked = ", ".join(f"{a}={n}" for a, n in zip(MESH_AXES, shape, strict=True))
+    if wanted != len(devices) and processes > 1:
+        # A process without a device in the mesh has nothing to compute, and fails where it looks for some.
+        raise ValueError(
+            f"mesh ({asked}) is of {wanted} devices, but the {processes} processes have {len(devices)} "
+            f"({devices[0].platform}), and all have to be in it; write {_mesh_of_all(shape, len(devices))}"
+        )
     if wanted > len(devices):
-        asked = ", ".join(f"{a}={n}" for a, n in zip(MESH_AXES, shape, strict=True))
         raise ValueError(
             f"mesh ({asked}) needs {wanted} devices, but this process sees {len(devices)} "
             f"({devices[0].platform}); make the product of the sizes at most {len(devices)}"
         )
-    return Mesh(np.asarray(devices[:wanted]).reshape(shape), MESH_AXES)
+    return Mesh(_arranged(devices[:wanted], shape, len(devices)), MESH_AXES)
+
+
+def _arranged(devices: Sequence[Any], shape: tuple[int, ...], count: int) -> np.ndarray:
+    """The `devices`, of `count` in all, as an array; those of a whole TPU slice as its wires lie.
+
+    Several slices follow each other: what is between them is no part of a torus.
+    """
+    wired = devices[0].platform == "tpu" and len(devices) == count
+    if wired and len({getattr(device, "slice_index", 0) for device in devices}) == 1:
+        return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    return np.asarray(devices).reshape(shape)
+
+
+def tell_idle_devices(mesh: Mesh, say: Callable[[str], None]) -> None:
+    """Warns whoever leaves devices of this process out of the mesh."""
+    count = jax.device_count()
+    if (idle := count - mesh.size) <= 0:
+        return
+    whole = _mesh_of_all(tuple(mesh.shape[axis] for axis in MESH_AXES), count)
+    stay = "stays" if idle == 1 else "stay"
+    say(f"{idle} of {count} devices {stay} idle: the mesh is of {mesh.size}; {whole} would use them all")
+
+
+def _mesh_of_all(shape: tuple[int, ...], count: int) -> str:
+    """The line of a config for a mesh of `count` devices: this one with more along fsdp, or fsdp alone."""
+    sizes = dict(zip(MESH_AXES, shape, strict=True)) | {"fsdp": 1}
+    others = math.prod(sizes.values())
+    sizes = sizes | {"fsdp": count // others} if count % others == 0 else {"fsdp": count}
+    listed = ", ".join(f"{axis}: {size}" for axis, size in sizes.items() if size > 1)
+    return f"mesh: {{{listed}}}"
 
 
 def spec(axes: tuple[str, ...], rank: int) -> P:
@@ -102,6 +143,17 @@ def constrain(x: Array, *axes: str | None) -> Array:
 def axes_spec(*axes: str | None) -> P:
     """The partition of an array with logical `axes`, one per dimension; None stays whole."""
     return P(*(AXIS_TO_MESH[axis] or None if axis else None for axis in axes))
+
+
+def on_mesh(mesh: Mesh | None) -> contextlib.AbstractContextManager[Any]:
+    """A context in which computations are spread over `mesh`; None: on one device."""
+    return contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh)
+
+
+def filled_rows(rows: int) -> int:
+    """The least number from `rows` on that the mesh in force, if any, divides."""
+    sizes = mesh_sizes()
+    return rows if sizes is None else rows + -rows % math.prod(sizes[axis] for axis in AXIS_TO_MESH["batch"])
 
 
 def mesh_sizes() -> dict[str, int] | None:
@@ -144,7 +196,7 @@ class Sized(Protocol):
 def check_mesh(
     cfg: Sized,
     sizes: Mapping[str, int],
-    batch_rows: int,
+    batch_rows: int | None,
     *,
     row_tokens: int | None = None,
     four_bit_experts: bool = False,
@@ -153,7 +205,7 @@ def check_mesh(
 
     Args:
       sizes: of the mesh axes, and `split_sequence` if rows are cut into pieces (as config.Mesh says).
-      batch_rows: rows that are computed at a time.
+      batch_rows: rows that are computed at a time; None: any number of them, which are filled up.
       row_tokens: tokens of a row; needed where rows are cut.
       four_bit_experts: whether the model's experts are in 4 bits, and so split along their outputs alone.
 
@@ -165,8 +217,9 @@ def check_mesh(
     row_names = AXIS_TO_MESH[row_axes(split)[0]]
     rows_split = int(np.prod([sizes.get(axis, 1) for axis in row_names]))
     fsdp, tensor, expert = (sizes.get(axis, 1) for axis in ("fsdp", "tensor", "expert"))
+    rows = rows_split if batch_rows is None else batch_rows
     demands = [
-        ("*".join(row_names), rows_split, "batch_rows / micro_batches", batch_rows),
+        ("*".join(row_names), rows_split, "batch_rows / micro_batches", rows),
         ("fsdp", fsdp, "embed_dim", cfg.embed_dim),
         ("tensor", tensor, "num_heads", cfg.num_heads),
         ("tensor", tensor, "num_kv_heads", cfg.num_kv_heads),
@@ -190,6 +243,18 @@ def check_mesh(
         faults += _short_pieces(row_tokens, fsdp, cfg.windows)
     if faults:
         raise ValueError("\n".join(faults))
+
+
+def mesh_for_replies(cfg: Sized, sizes: Mapping[str, int], *, four_bit_experts: bool = False) -> Mesh | None:
+    """The mesh of these sizes for a model that is asked and not trained; None if they are all 1.
+
+    Raises:
+      ValueError: the mesh does not divide the model, or there are too few devices; with all faults.
+    """
+    _, mesh = all_of(
+        lambda: check_mesh(cfg, sizes, None, four_bit_experts=four_bit_experts), lambda: make_mesh(sizes)
+    )
+    return None if mesh.size == 1 else mesh
 
 
 def _short_pieces(row_tokens: int, fsdp: int, windows: tuple[int | None, ...]) -> list[str]:

@@ -1,25 +1,29 @@
 """The whole study: base -> reasoning SFT -> safety arms, every model evaluated, and the report.
 
-One process, stages in order, each of them a directory that its maker marks as complete. Running the same
-command again skips what is complete and continues what was interrupted, so that a killed study ends with
-the numbers of an uninterrupted one.
+Stages in order, each of them a directory that its maker marks as complete. Running the same command again
+skips what is complete and continues what was interrupted, so that a killed study ends with the numbers of an
+uninterrupted one. Of several processes, all train and draw replies; the first one writes, judges and reports.
 """
 
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from jaxtax.artifact import ORIGIN, read_json, read_origin, write_json, write_origin, write_text
 from jaxtax.config import EvalConfig, ModelChoice, Stage, StudyConfig, TrainConfig
 from jaxtax.config_file import dump
+from jaxtax.hosts.first import await_seen, first_does
 from jaxtax.progress import Progress, quiet
 from jaxtax.study_check import check_chain, check_evaluated, check_place, check_study
 from jaxtax.study_tokenizer import make_tokenizer
 
 # What of its test problems a study also trains on; the data of a study do not change, so it is made once.
 OVERLAP = "overlap.json"
+
+_ALONE = 3600.0  # seconds that the other processes wait for what the first one does alone
 
 
 @dataclass(frozen=True)
@@ -31,6 +35,7 @@ class Part:
       directory: what it makes.
       effort: estimated work, in arbitrary units that only compare parts with each other.
       run: makes the directory.
+      together: whether all processes work on it; else the first one does, and the others wait.
       again: whether it is made anew by every run, because it is cheap and may say more each time.
       still_holds: raises ValueError when the finished directory was made from something that has changed.
     """
@@ -39,6 +44,7 @@ class Part:
     directory: Path
     effort: float
     run: Callable[[Progress], Any]
+    together: bool = True
     again: bool = False
     still_holds: Callable[[], None] = lambda: None
 
@@ -58,20 +64,26 @@ def study(cfg: StudyConfig, *, progress: Progress | None = None) -> Path:
 
     progress = progress or quiet("study")
     parts = check(cfg)
-    cfg.out.mkdir(parents=True, exist_ok=True)
-    write_text(cfg.out / "config.yaml", dump(cfg))
-    _look_for_overlap(cfg, progress)
-    _write_index(cfg)
     progress.total = sum(part.effort for part in parts)
     with owned(cfg.out, "a study", progress.say):
+        first_does("beginning the study", lambda: _begin(cfg, progress), seconds=_ALONE)
         for part in parts:
-            if part.done and not part.again:
+            if first_does("whether a part is done", lambda part=part: part.done and not part.again):
                 progress.skip(part.name, weight=part.effort)
                 continue
             with progress.stage(part.name, weight=part.effort) as stage:
-                part.run(stage)
-            _write_index(cfg)
+                if part.together:
+                    part.run(stage)
+                else:
+                    first_does(f"the part {part.name}", partial(part.run, stage), seconds=_ALONE)
+            first_does("writing the index of the study", lambda: _write_index(cfg))
     return cfg.out / "report"
+
+
+def _begin(cfg: StudyConfig, progress: Progress) -> None:
+    write_text(cfg.out / "config.yaml", dump(cfg))
+    _look_for_overlap(cfg, progress)
+    _write_index(cfg)
 
 
 def check(cfg: StudyConfig) -> list[Part]:
@@ -92,7 +104,11 @@ def check(cfg: StudyConfig) -> list[Part]:
 
 def study_parts(cfg: StudyConfig) -> Iterator[Part]:
     """Every part of the study in the order in which they run; writes nothing."""
-    yield Part("tokenizer", cfg.out / "tokenizer", 0.01, lambda _: make_tokenizer(cfg, cfg.out / "tokenizer"))
+
+    def tokenizer(progress: Progress) -> None:
+        make_tokenizer(cfg, cfg.out / "tokenizer")
+
+    yield Part("tokenizer", cfg.out / "tokenizer", 0.01, tokenizer, together=False)
     for seed in _seeds(cfg):
         home = cfg.out / f"seed_{seed}"
         label = f"seed {seed} " if cfg.seeds > 1 else ""
@@ -109,7 +125,7 @@ def study_parts(cfg: StudyConfig) -> Iterator[Part]:
             for epoch in range(1, stage.epochs + 1):
                 model = run / "epochs" / str(epoch)
                 yield _evaluating(cfg, model, home, f"{arm}-epoch{epoch}", seed, label)
-    yield Part("report", cfg.out / "report", 0.5, lambda _: _report(cfg), again=True)
+    yield Part("report", cfg.out / "report", 0.5, lambda _: _report(cfg), together=False, again=True)
 
 
 def _seeds(cfg: StudyConfig) -> range:
@@ -135,6 +151,8 @@ def _training(
     def start(progress: Progress) -> None:
         from jaxtax.train.loop import train
 
+        if (begins_with := model.path or model.tokenizer) is not None:
+            await_seen(begins_with / ORIGIN)
         train(run, progress=progress)
 
     conversations = sum(source.take or 1000 for source in stage.data.sources)
@@ -157,6 +175,7 @@ def _evaluating(cfg: StudyConfig, model: Path, home: Path, name: str, seed: int,
     def start(progress: Progress) -> None:
         from jaxtax.evals.run import evaluate
 
+        await_seen(model / ORIGIN)
         evaluate(run, progress=progress)
 
     replies = sum(task.take or 500 for task in cfg.evaluation.tasks) * cfg.evaluation.sampling.repeats

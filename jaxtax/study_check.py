@@ -1,6 +1,7 @@
 """What can be known to be wrong with a study before it writes or computes anything."""
 
 import json
+import re
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -12,11 +13,13 @@ from jaxtax.chat.formats import make_format
 from jaxtax.chat.tokenizer import load_tokenizer
 from jaxtax.config import ModelChoice, Stage, StudyConfig, TrainConfig
 from jaxtax.config_file import read as read_yaml
+from jaxtax.faults import all_of
 from jaxtax.study_tokenizer import make_tokenizer
 from jaxtax.train.record import flat_keys
 
-# What may change between two runs of one study: more seeds, and everything that only the report reads.
-_FREE_KEYS = ("seeds", "report", "out")
+# What may change between two runs of one study: more seeds, everything that only the report reads, and the
+# devices that it is computed on.
+_FREE = re.compile(r"(seeds|report|out|mesh|evaluation\.mesh)(\..*)?")
 
 
 def check_place(cfg: StudyConfig) -> None:
@@ -27,7 +30,8 @@ def check_place(cfg: StudyConfig) -> None:
     """
     saved = cfg.out / "config.yaml"
     if not saved.exists():
-        if cfg.out.exists() and (not cfg.out.is_dir() or any(cfg.out.iterdir())):
+        # A hidden file is the claim of a study that was killed as it began.
+        if cfg.out.exists() and (not cfg.out.is_dir() or any(p.name[0] != "." for p in cfg.out.iterdir())):
             raise ValueError(f"{cfg.out} is not empty and holds no study; give another out=DIR")
         return
     if (cfg.out / ORIGIN).exists() and (kind := read_origin(cfg.out)["kind"]) != "study":
@@ -40,7 +44,7 @@ def check_place(cfg: StudyConfig) -> None:
     differing = [
         f"  {key}: {there.get(key, 'absent')} there, {here.get(key, 'absent')} here"
         for key in here | there
-        if key.split(".")[0] not in _FREE_KEYS and here.get(key) != there.get(key)
+        if not _FREE.fullmatch(key) and here.get(key) != there.get(key)
     ]
     if differing:
         more = [f"  and {len(differing) - 10} more"] if len(differing) > 10 else []
@@ -136,13 +140,19 @@ def _check_evaluation(cfg: StudyConfig, tokenizer_dir: Path) -> None:
     from jaxtax.decoding import check_prompts
     from jaxtax.evals.tasks import load_problems
     from jaxtax.model.config import named_size
+    from jaxtax.sharding import mesh_for_replies
 
-    problems = load_problems(cfg.evaluation.tasks)
     tokenizer = load_tokenizer(tokenizer_dir)
-    fmt = make_format(cfg.chat, tokenizer, cfg.system)
-    check_prompts(
-        [fmt.prompt(problem.turns) for problem in problems],
-        max_new_tokens=cfg.evaluation.sampling.max_new_tokens,
-        max_context=named_size(cfg.size, vocab_size=tokenizer.vocab_size).max_context,
-        names=[f"{problem.task} {problem.id}" for problem in problems],
-    )
+    model_cfg = named_size(cfg.size, vocab_size=tokenizer.vocab_size)
+
+    def check_problems() -> None:
+        problems = load_problems(cfg.evaluation.tasks)
+        fmt = make_format(cfg.chat, tokenizer, cfg.system)
+        check_prompts(
+            [fmt.prompt(problem.turns) for problem in problems],
+            max_new_tokens=cfg.evaluation.sampling.max_new_tokens,
+            max_context=model_cfg.max_context,
+            names=[f"{problem.task} {problem.id}" for problem in problems],
+        )
+
+    all_of(check_problems, lambda: mesh_for_replies(model_cfg, cfg.evaluation.mesh.model_dump()))

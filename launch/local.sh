@@ -5,8 +5,10 @@
 #   launch/local.sh 2 4 jaxtax train configs/tiny/train.yaml mesh.fsdp=8                    # eight GPUs
 #   JAX_PLATFORMS=cpu launch/local.sh 2 4 jaxtax train configs/tiny/train.yaml mesh.fsdp=8  # no GPU
 #
-# TERM and Ctrl-C are passed on, so that every process saves. Exits with 75 when they all left to be started
-# again, with 0 when all are done, else with the code of the first that failed, which ends the others.
+# With CUDA_VISIBLE_DEVICES set, the processes share the GPUs that it lists. TERM and Ctrl-C are passed on, so that
+# every process saves. Exits with 75 when they all left to be started again, with 0 when all are done, else with
+# the code of the first that failed, which ends the others: they get TERM, and after JAXTAX_LOCAL_PATIENCE seconds
+# (10) KILL. Nothing is started again; the same command goes on from the newest state.
 set -euo pipefail
 
 if (($# < 3)) || ! [[ $1$2 =~ ^[0-9]+$ ]] || (($1 < 1 || $2 < 1)); then
@@ -25,6 +27,15 @@ patience=${JAXTAX_LOCAL_PATIENCE:-10} # seconds that the others have once one ha
 port=$(python3 -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
 export JAXTAX_COORDINATOR=127.0.0.1:$port JAXTAX_NUM_PROCESSES=$processes
 
+visible=()
+if [[ ${JAX_PLATFORMS:-} != cpu ]]; then
+  IFS=, read -ra visible <<<"${CUDA_VISIBLE_DEVICES-$(seq -s, 0 $((processes * devices - 1)))}"
+  if ((${#visible[@]} < processes * devices)); then
+    echo "$processes x $devices GPUs are wanted; CUDA_VISIBLE_DEVICES=${CUDA_VISIBLE_DEVICES-} has ${#visible[@]}" >&2
+    exit 2
+  fi
+fi
+
 declare -A running=() # the processes that have not ended, by their ids
 pass_on() {
   kill -TERM "${!running[@]}" 2>/dev/null || true
@@ -36,7 +47,7 @@ for ((id = 0; id < processes; id++)); do
   if [[ ${JAX_PLATFORMS:-} == cpu ]]; then
     settings+=("XLA_FLAGS=${XLA_FLAGS:-} --xla_force_host_platform_device_count=$devices")
   else
-    settings+=("CUDA_VISIBLE_DEVICES=$(seq -s, $((id * devices)) $(((id + 1) * devices - 1)))")
+    settings+=("CUDA_VISIBLE_DEVICES=$(IFS=,; echo "${visible[*]:id * devices:devices}")")
   fi
   env "${settings[@]}" "$@" &
   running[$!]=1

@@ -11,6 +11,7 @@ import sys
 import time
 from pathlib import Path
 
+from jaxtax.hosts import store
 from jaxtax.hosts.leave import exits_hard, stop_signal, stop_wanted
 from jaxtax.hosts.start import start
 from jaxtax.hosts.wait import PeerMissing, barrier, share
@@ -50,6 +51,9 @@ def healthy(directory, peers):
     for _ in range(20):
         barrier("twenty times")
     seconds = (time.monotonic() - began) / 20
+    for number in range(20):
+        barrier(f"saving the state of step {number}")
+    kept = len(store.under("wait"))
     rows = placed_rows()
     stopped = None
     with stop_signal():
@@ -66,7 +70,10 @@ def healthy(directory, peers):
         barrier("lunch", seconds=1)
     except PeerMissing as fault:
         missing = str(fault)
-    tell(directory, peers.index, shared=shared, seconds=seconds, rows=rows, stopped=stopped, missing=missing)
+    tell(
+        directory, peers.index, shared=shared, seconds=seconds, rows=rows, stopped=stopped, missing=missing,
+        kept=kept,
+    )  # fmt: skip
 
 
 def placed_rows():

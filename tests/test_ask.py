@@ -19,11 +19,12 @@ import pytest
 from flax import nnx
 from rich.console import Console
 
-from jaxtax.api import Drawing, load_model, questions
+from jaxtax.api import Drawing, load_model, open_model, questions
 from jaxtax.ask.chat import chat
 from jaxtax.ask.file import answer_file, read_prompts, settings_path
 from jaxtax.ask.print import ask
 from jaxtax.ask.show import Growing, show_reply
+from jaxtax.ask.verb import run
 from jaxtax.chat.conversation import Turn
 from jaxtax.chat.format import Call, Reply
 from jaxtax.chat.harmony import HarmonyFormat
@@ -321,6 +322,53 @@ def test_replies_of_other_settings_models_or_prompts_are_never_mixed(directory, 
     prompts_file.write_text(prompts_file.read_text().replace('"w3 w4"', '"w3 w5"'))
     with pytest.raises(ValueError, match="line 4 answers another prompt 'chat' than"):
         answer_file(directory, prompts_file, out, SAMPLED)
+
+
+def run_generate(model, *words, mesh=(), **more):
+    settings = {"file": None, "out": None, "as_json": True, "open_progress": lambda: None}
+    return run(model, words, {"temperature": "3", "seed": "3"}, mesh=mesh, **settings | more)
+
+
+def test_over_a_mesh_the_same_is_printed_and_files_go_on(
+    directory, prompts_file, tmp_path, capsys, monkeypatch
+):
+    run_generate(directory, "w1 w2 w3", "w4", "max_new_tokens=12")
+    alone = capsys.readouterr().out
+    opened = []
+
+    def watched(*args, **kwargs):
+        opened.append(open_model(*args, **kwargs))
+        return opened[-1]
+
+    monkeypatch.setattr("jaxtax.api.open_model", watched)
+    run_generate(directory, "w1 w2 w3", "w4", "max_new_tokens=12", mesh=["data=2,fsdp=2", "tensor=2"])
+    assert capsys.readouterr().out == alone
+    assert dict(opened[0].mesh.shape) == {"data": 2, "fsdp": 2, "expert": 1, "tensor": 2}
+    assert len(opened[0].transformer.embed[...].sharding.device_set) == 8
+    # Other devices change nothing that was asked for.
+    out = answer_file(directory, prompts_file, tmp_path / "replies.jsonl", SAMPLED)
+    monkeypatch.setattr("jaxtax.ask.file.open_model", None)
+    before = out.read_text()
+    answer_file(directory, prompts_file, out, Ask(**SAMPLED.model_dump() | {"mesh": {"fsdp": 4}}))
+    assert out.read_text() == before
+
+
+@pytest.mark.parametrize(
+    ("sizes", "fault"),
+    [
+        (
+            ["fsdp=8", "9,tensor"],
+            r"--mesh: found '9'; expected axis=size.*\n--mesh: found 'tensor'; expected",
+        ),
+        (["fdsp=8"], "mesh.fdsp: unknown key; did you mean mesh.fsdp"),
+        (["fsdp=0"], "mesh.fsdp: found 0, expected a number of at least 1"),
+        (["fsdp=3"], "mesh fsdp=3 does not divide embed_dim=32"),
+        (["fsdp=4,data=4"], r"needs 16 devices, but .* 8 "),
+    ],
+)
+def test_a_mesh_that_cannot_be_is_told_in_words(directory, sizes, fault):
+    with pytest.raises(ValueError, match=fault):
+        run_generate(directory, "w1", mesh=sizes)
 
 
 @pytest.mark.parametrize(

@@ -1,11 +1,14 @@
 """Saved states under kills, rot and full disks: nothing that was saved is lost, nothing is read wrong."""
 
 import json
+import math
 import os
 import random
+import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -13,9 +16,13 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
+from orbax.checkpoint._src.multihost import multihost as old_multihost
+from orbax.checkpoint.experimental.v1._src.synchronization import multihost
 
-from jaxtax.checkpoint import DamagedError, Run, run_states
+from jaxtax.checkpoint import DamagedError, Run, arrays, run_states
+from jaxtax.checkpoint.stream import StoredArray
 from jaxtax.checkpoint.together import FailedError
+from jaxtax.hosts import limits
 from jaxtax.sharding import make_mesh
 
 # Orbax's threads may still want their event loop when a read or write has failed.
@@ -49,6 +56,12 @@ def fails(text):
     pytest.fail(text)
 
 
+@pytest.fixture(autouse=True)
+def at_once(monkeypatch):
+    """What seems damaged is read again without the pause."""
+    monkeypatch.setattr(run_states, "_PAUSE", 0.0)
+
+
 def test_what_belongs_to_a_state_comes_back_exactly(tmp_path):
     run = Run(tmp_path)
     run.save(3, make_state(3), {"losses": [0.1, 1 / 3, 1e-300]})
@@ -76,26 +89,76 @@ def test_a_state_saved_on_one_mesh_is_verified_on_another(tmp_path):
     assert json.loads((tmp_path / "state" / "2" / "state.json").read_text())["digests"] == digests
 
 
+def test_of_a_state_each_stored_chunk_is_read_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(arrays, "PIECE", 64)  # bytes of a chunk, 16 numbers
+    mesh = make_mesh({"fsdp": 8})
+    values = np.random.default_rng(0).standard_normal((6, 80)).astype(np.float32)
+    state = {"a": jax.device_put(values, NamedSharding(mesh, P(None, "fsdp")))}
+    Run(tmp_path).save(1, state)
+    read, original = [], StoredArray.__getitem__
+    monkeypatch.setattr(
+        StoredArray, "__getitem__", lambda array, index: (read.append(index), original(array, index))[1]
+    )
+    abstract = {"a": jax.ShapeDtypeStruct((6, 80), np.float32)}
+    _, found = Run(tmp_path).restore(abstract, make_mesh({"tensor": 2}), say=fails)
+    assert same(found, {"a": values})
+    assert len(read) > 8
+    sizes = [math.prod(part.stop - part.start for part in index) for index in read]
+    assert max(sizes) <= 16
+    assert sum(sizes) == values.size
+
+
 def test_the_damaged_array_is_named(tmp_path, monkeypatch):
     run, said = Run(tmp_path), []
     run.save(1, make_state(1))
     run.save(2, make_state(2))
 
-    original = run_states.load_arrays
+    original = run_states.load_placed
 
-    def rots(place, abstract, mesh, name):
-        found = original(place, abstract, mesh, name)
+    def rots(place, *wanted, **options):
+        found, digests = original(place, *wanted, **options)
         if place.parent.name == "2":
             bits = np.asarray(found["kernel"]).copy()
             bits.view(np.uint32)[1, 2, 3] ^= 1
             found["kernel"] = jnp.asarray(bits)
-        return found
+        return found, digests
 
-    monkeypatch.setattr(run_states, "load_arrays", rots)
+    monkeypatch.setattr(run_states, "load_placed", rots)
     assert run.restore(ABSTRACT, say=said.append)[0] == 1
     assert "the state of step 2 is damaged" in said[0]
     assert f"kernel in {tmp_path / 'state' / '2' / 'arrays'}" in said[0]
     assert [step for step, _ in run.set_aside] == [2]
+
+
+def test_orbax_waits_as_long_as_the_run_does(tmp_path, monkeypatch):
+    monkeypatch.setattr(limits, "_chosen", limits.Bounds(save=4711))
+    Run(tmp_path).save(1, make_state(1))
+    assert (multihost.coordination_timeout(), old_multihost.coordination_timeout()) == (4711, 4711)
+    monkeypatch.undo()
+    Run(tmp_path).save(2, make_state(2))
+    assert (multihost.coordination_timeout(), old_multihost.coordination_timeout()) == (3600, 3600)
+
+
+@pytest.mark.parametrize("what", ["array", "record"])
+def test_a_disk_that_fails_once_costs_no_state(tmp_path, monkeypatch, caplog, what):
+    run, failed = Run(tmp_path), []
+    run.save(1, make_state(1))
+    run.save(2, make_state(2))
+    kind, method = (StoredArray, "__getitem__") if what == "array" else (Path, "read_text")
+    original = getattr(kind, method)
+
+    def fails_once(self, *given, **options):
+        if not failed and (what == "array" or self.name == "state.json"):
+            failed.append(self)
+            raise DamagedError("stale file handle") if what == "array" else OSError(116, "Stale file handle")
+        return original(self, *given, **options)
+
+    monkeypatch.setattr(kind, method, fails_once)
+    step, state = run.restore(ABSTRACT, say=fails)
+    assert (step, same(state, make_state(2)), len(failed)) == (2, True, 1)
+    assert re.search("tale file handle; reading it once more$", caplog.text.strip())
+    assert run.set_aside == []
+    assert run.steps() == [1, 2]
 
 
 @pytest.mark.parametrize(
@@ -174,13 +237,14 @@ def corrupt_and_restore(directory, trials, seed):
 
 @leaves_loops_behind
 def test_no_random_damage_is_restored_silently_and_the_state_before_is_taken(tmp_path):
-    assert corrupt_and_restore(tmp_path, 60, seed=1) > 30  # a few bits belong to nothing that is read
+    # The others fell on what is not read: Orbax's own descriptions of the tree, and room between its parts.
+    assert corrupt_and_restore(tmp_path, 60, seed=1) > 20
 
 
 @leaves_loops_behind
 @pytest.mark.slow
 def test_a_thousand_random_damages_are_never_restored_silently(tmp_path):
-    assert corrupt_and_restore(tmp_path, 1000, seed=2) > 500
+    assert corrupt_and_restore(tmp_path, 1000, seed=2) > 400
 
 
 SAVES = """
@@ -252,6 +316,36 @@ def test_a_save_that_fails_leaves_nothing_of_its_own_and_the_next_one_recovers(t
     assert [path.name for path in (tmp_path / "state").iterdir()] == ["1"]
     run.save(3, make_state(3))
     assert run.restore(ABSTRACT, say=fails)[0] == 3
+
+
+def test_a_directory_that_does_not_go_costs_neither_a_save_nor_a_start(tmp_path, monkeypatch, caplog):
+    """As on NFS, where a file that is open elsewhere stays under another name."""
+    left = tmp_path / "state" / ".7.tmp"
+    left.mkdir(parents=True)
+
+    def not_empty(place, **options):
+        raise OSError(39, "Directory not empty")
+
+    monkeypatch.setattr(shutil, "rmtree", not_empty)
+    run = Run(tmp_path, keep=1)
+    assert not left.exists()
+    for step in (7, 8):
+        run.save(step, make_state(step))
+    assert run.steps() == [8]
+    assert caplog.text.count("could not be removed (Directory not empty)") == 2
+    monkeypatch.undo()
+    assert Run(tmp_path).restore(ABSTRACT, say=fails)[0] == 8
+    assert [path.name for path in (tmp_path / "state").iterdir()] == ["8"]
+
+
+def test_a_state_to_which_the_run_may_have_to_go_back_stays(tmp_path):
+    run = Run(tmp_path, keep=1)
+    for step in (2, 4, 5):
+        run.save(step, make_state(step), needed=[3, 4] if step > 3 else [])
+    assert run.steps() == [2, 4, 5]
+    assert run.restore(ABSTRACT, upto=3, say=fails)[0] == 2
+    run.forget_after(4)
+    assert run.steps() == [2, 4]
 
 
 def test_a_save_for_which_there_is_no_room_is_not_begun(tmp_path, monkeypatch):

@@ -260,6 +260,15 @@ def test_a_run_writes_into_a_directory(write, tmp_path):
     assert load(write(GOOD), [f"out={tmp_path}"], TrainConfig).out == tmp_path
 
 
+@pytest.mark.parametrize("address", ["gs://bucket/run", "s3://bucket/run", "file:///run"])
+def test_an_address_is_no_path_and_makes_no_directory_of_its_name(write, address):
+    (found,) = faults_of(write(GOOD), f"out={address}")
+    assert found == (
+        f"command line: out: found '{address}', an address; expected a path: mount what is there (with "
+        "gcsfuse, say), and give the path that it has then"
+    )
+
+
 def test_a_config_of_another_verb_is_told_apart_from_a_faulty_one(write):
     schemas = {"train": TrainConfig, "study": StudyConfig, "eval": EvalConfig}
 

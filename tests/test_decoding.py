@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
+import mesh_cases
 import numpy as np
 import pytest
 from flax import nnx
@@ -25,6 +26,7 @@ from jaxtax.decoding import (
 )
 from jaxtax.model.config import Moe, gpt_oss, qwen2
 from jaxtax.model.transformer import Transformer
+from jaxtax.sharding import filled_rows, make_mesh, shardings
 
 GPT_OSS = gpt_oss(
     vocab_size=53, embed_dim=32, mlp_dim=20, head_dim=6, num_layers=2, num_heads=4, num_kv_heads=2,
@@ -276,3 +278,47 @@ def test_decoding_does_not_copy_the_experts():
     compiled = advance.lower(model, state, 4, decoding=decoding).compile()
     weights = sum(leaf.nbytes for leaf in jax.tree.leaves(model.stacks))
     assert compiled.memory_analysis().temp_size_in_bytes < weights / 10
+
+
+def check_replies_on_a_mesh(cfg, sizes, **form):
+    """Likeliest and sampled replies are those of one device, all at once, in batches, and as they grow."""
+    model, mesh = mesh_cases.draw_model(cfg, **form), make_mesh(sizes)
+    spread = jax.device_put(model, shardings(model, mesh))
+    prompts, seeds = make_prompts(), [5, 2**32 - 1, 77, 0, 9]
+    limits = {"vocab_limit": 97, "max_new_tokens": 12, "stop_ids": (3, 11), "prompt_length": 40}
+    for how in ({}, {"seeds": seeds, "temperature": 0.8, "top_p": 0.9}, {"seeds": seeds, "temperature": 1.5}):
+        alone = generate(model, prompts, **limits, **how)
+        assert len({token for reply in alone for token in reply.tokens}) > 5
+        with jax.set_mesh(mesh):
+            assert generate(spread, prompts, **limits, **how) == alone
+            if "top_p" in how:
+                assert generate(spread, prompts, batch=3, **limits, **how) == alone
+                assert list(stream(spread, prompts, **limits, **how))[-1] == alone
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "sizes", [{"fsdp": 2, "expert": 2, "tensor": 2}, {"data": 2, "fsdp": 4}, {"expert": 8}, {"tensor": 8}]
+)
+def test_a_mesh_changes_no_reply_of_gpt_oss(sizes):
+    check_replies_on_a_mesh(mesh_cases.GPT_OSS, sizes)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sizes", [{"fsdp": 2, "expert": 2, "tensor": 2}, {"data": 2, "expert": 4}])
+def test_a_mesh_changes_no_reply_of_experts_in_4_bits(sizes):
+    check_replies_on_a_mesh(mesh_cases.FOUR_BIT, sizes, experts="mxfp4")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sizes", [{"data": 2, "fsdp": 2, "tensor": 2}, {"fsdp": 8}])
+def test_a_mesh_changes_no_reply_of_qwen2(sizes):
+    check_replies_on_a_mesh(mesh_cases.QWEN2, sizes)
+
+
+def test_rows_are_filled_up_to_what_a_mesh_divides():
+    assert filled_rows(5) == 5
+    with jax.set_mesh(make_mesh({"data": 2, "expert": 3})):
+        assert [filled_rows(rows) for rows in (1, 6, 7)] == [6, 6, 12]
+    with jax.set_mesh(make_mesh({"tensor": 8})):
+        assert filled_rows(5) == 5

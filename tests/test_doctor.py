@@ -4,6 +4,7 @@ import json
 import socket
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -380,18 +381,164 @@ def test_disk_is_counted_from_the_config(config):
     tokenizer = load_tokenizer(cfg.model.tokenizer)
     model = 4 * count_parameters(named_size(cfg.model.size, vocab_size=tokenizer.vocab_size))
     state = 3 * model  # weights and two moments, all in float32, and a few counters
-    assert 3 * state + 3 * model <= wanted.disk <= 3 * state + 3 * model + 100
-    assert wanted.disk_parts == f"3 states of {state / 1e9:.1f} GB, 3 models of {model / 1e9:.1f} GB"
+    # Two states and three models stay; a third state is written before an old one goes, and a save asks for
+    # more than its own size, as checkpoint/room.py says.
+    whole = 2 * state + 3 * model + 1.2 * state
+    assert whole <= wanted.disk <= whole + 200
+    assert wanted.disk_parts == (
+        f"2 states of {state / 1e9:.1f} GB, 3 models of {model / 1e9:.1f} GB, "
+        f"{1.2 * state / 1e9:.1f} GB to write the next beside them"
+    )
+
+
+def test_what_a_run_has_on_the_disk_is_not_asked_for_again(config):
+    from jaxtax.checkpoint.room import with_margin
+    from jaxtax.config import TrainConfig
+    from jaxtax.config_file import load
+    from jaxtax.doctor.size import _run, _runs, wanted_by
+
+    cfg = load(config, [f"out={config.parent}/resumed"], TrainConfig)
+    [fresh] = _runs(cfg)
+    for part in ("state/4", "state/8", "state/2.damaged", "epochs/1"):
+        (cfg.out / part).mkdir(parents=True)
+    (cfg.out / "epochs" / "1" / "origin.json").write_text("{}")
+    left = wanted_by(cfg)
+    assert left.disk == 2 * fresh.model + with_margin(fresh.state)
+    (cfg.out / "origin.json").write_text("{}")
+    assert (wanted_by(cfg).disk, wanted_by(cfg).disk_parts) == (0, "nothing: all is there")
+    assert _run(cfg, None, cfg.out, keep_epochs=True) is None
+
+
+def test_mesh_and_disk_of_a_study_are_counted_over_all_of_its_runs(tmp_path):
+    from jaxtax.config import StudyConfig
+    from jaxtax.config_file import load
+    from jaxtax.doctor.size import _runs, wanted_by
+
+    cfg = load(
+        ROOT / "configs" / "tiny" / "study.yaml", ["seeds=2", f"out={tmp_path}", "mesh.data=2"], StudyConfig
+    )
+    wanted = wanted_by(cfg)
+    assert wanted.devices == 2
+    more = load(ROOT / "configs" / "tiny" / "study.yaml", ["evaluation.mesh.fsdp=4"], StudyConfig)
+    assert wanted_by(more).devices == 4
+    per_seed = 2 + sum(arm.epochs + 1 for arm in cfg.arms.values())
+    runs = list(_runs(cfg))
+    assert sum(run.models for run in runs) == 2 * per_seed
+    assert wanted.disk == 2 * per_seed * runs[0].model + max(run.while_it_runs for run in runs)
+    finished = tmp_path / "seed_0" / "base"
+    finished.mkdir(parents=True)
+    (finished / "origin.json").write_text("{}")
+    assert wanted.disk - wanted_by(cfg).disk == runs[0].model
+
+
+def test_hosts_that_cannot_meet_are_not_waited_for(monkeypatch):
+    monkeypatch.setattr("jaxtax.doctor.visit.start", lambda settings: pytest.fail("it waits for the others"))
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        for name, value in explicit(0, "{}:{}".format(*taken.getsockname())).items():
+            monkeypatch.setenv(name, value)
+        done = CliRunner().invoke(app, ["doctor", "--hosts"])
+    assert done.exit_code == 1, done.output
+    assert "is taken by another program" in done.stdout
+
+
+def test_a_host_that_does_not_come_is_waited_for_a_minute_or_as_long_as_is_said(monkeypatch):
+    from jaxtax.config_blocks import Hosts
+    from jaxtax.doctor import visit
+
+    assert visit._patience(None).init_seconds == 60
+    assert visit._patience(Hosts(init_seconds=1800, heartbeat_seconds=7)).init_seconds == 60
+    assert visit._patience(Hosts(heartbeat_seconds=7)).heartbeat_seconds == 7
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        where = "{}:{}".format(*free.getsockname())
+    for name, value in (explicit(1, where) | {"JAXTAX_INIT_SECONDS": "1"}).items():
+        monkeypatch.setenv(name, value)
+    here = visit.Here(replace(peer(), coordinator=where, nodes=1), Wanted())
+    assert here.can_meet
+    report, speaks = visit.meet(here)
+    assert speaks
+    [bad] = [row.finding for row in report.rows if row.finding.verdict == "fail"]
+    assert f"process 1 of 2 could not reach process 0 at {where} in 1 s" in bad.found
+
+
+def test_what_cannot_be_looked_at_is_a_finding_and_no_error(monkeypatch, tmp_path):
+    real = Path.stat
+
+    def stat(path, **named):
+        if "secret" in path.parts:  # root may look anywhere, so that a real directory refuses nothing
+            raise PermissionError(13, "Permission denied")
+        return real(path, **named)
+
+    monkeypatch.setattr(Path, "stat", stat)
+    assert "cannot be written to (Permission denied)" in look_at(tmp_path / "secret" / "run").fault
+
+
+READ_ONLY = """
+set -eu
+mount --bind "$1" "$1"
+mount -o remount,ro,bind "$1"
+shift
+exec "$@"
+"""
+LOOK = """
+import sys
+from pathlib import Path
+from jaxtax.doctor.look import look_at
+print(look_at(Path(sys.argv[1])).fault)
+"""
+
+
+def no_mounts():
+    """Whether this user may not make a mount namespace."""
+    return subprocess.run(["unshare", "--mount", "true"], capture_output=True, check=False).returncode != 0
+
+
+def test_a_file_system_that_is_mounted_read_only_is_found(tmp_path):
+    if no_mounts():
+        pytest.skip("no mount namespace of one's own here")
+    done = subprocess.run(
+        ["unshare", "--mount", "sh", "-c", READ_ONLY, "sh", str(tmp_path),
+         sys.executable, "-c", LOOK, str(tmp_path / "run")],
+        capture_output=True, text=True, check=False, cwd=ROOT,
+    )  # fmt: skip
+    assert done.stdout == f"{tmp_path} cannot be written to (Read-only file system)\n", done.stderr
+
+
+def on_two_hosts(command, before="", inside=""):
+    """`jaxtax doctor --hosts` in two processes of three devices each; the finished launcher."""
+    command = f'{before} exec {inside} "{sys.executable}" -m jaxtax doctor {command} --hosts'
+    return subprocess.run(
+        [str(ROOT / "launch" / "local.sh"), "2", "3", "bash", "-c", command],
+        capture_output=True, text=True, check=False, timeout=60,
+    )  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("bad", [0, 1])
+def test_a_host_that_cannot_write_is_named_and_holds_up_nobody(config, tmp_path, bad):
+    if no_mounts():
+        pytest.skip("no mount namespace of one's own here")
+    run, told = tmp_path / "shared", tmp_path / "told.json"
+    run.mkdir()
+    (tmp_path / "read_only.sh").write_text(READ_ONLY)
+    before = f'[ "$JAXTAX_PROCESS_ID" = {bad} ] && in="unshare --mount sh {tmp_path}/read_only.sh {run}";'
+    began = time.monotonic()
+    done = on_two_hosts(f'"{config}" mesh.fsdp=6 out="{run}/run" --json "{told}"', before, "$in")
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert time.monotonic() - began < 45
+    report = json.loads(told.read_text())
+    assert [one["check"] for one in report["findings"] if one["verdict"] == "fail"] == ["out"]
+    assert [bool(machine["place"]["fault"]) for machine in report["machines"]] == [bad == 0, bad == 1]
+    assert "cannot be written to (Read-only file system)" in done.stdout
+    assert "before it meets the others" in done.stdout
 
 
 @pytest.mark.slow
 def test_hosts_look_at_each_other(config, tmp_path):
     told = tmp_path / "told.json"
-    command = f'exec "{sys.executable}" -m jaxtax doctor "{config}" mesh.fsdp=6 --hosts --json "{told}"'
-    done = subprocess.run(
-        [str(ROOT / "launch" / "local.sh"), "2", "3", "bash", "-c", command],
-        capture_output=True, text=True, check=False, timeout=60,
-    )  # fmt: skip
+    done = on_two_hosts(f'"{config}" mesh.fsdp=6 --json "{told}"')
     assert done.returncode == 0, done.stdout + done.stderr
     report = json.loads(told.read_text())
     assert [machine["process"] for machine in report["machines"]] == [0, 1]

@@ -19,13 +19,15 @@ from jaxtax.chat.vocabulary import build_world_tokenizer
 from jaxtax.checkpoint import load_model, save_model
 from jaxtax.config import EvalConfig, Sampling, SystemMessage, Task
 from jaxtax.data import world
-from jaxtax.decoding import Generated
+from jaxtax.decoding import Generated, generate
 from jaxtax.decoding.sampling import reply_seed
 from jaxtax.evals import run
 from jaxtax.evals.lines import append_lines, keep_lines, read_lines
 from jaxtax.evals.run import evaluate
-from jaxtax.evals.verdicts import write_summary, write_verdicts
+from jaxtax.evals.verdicts import read_config, write_summary, write_verdicts
+from jaxtax.model.four_bit import four_bit_experts
 from jaxtax.model.transformer import Transformer
+from jaxtax.sharding import filled_rows
 
 TASKS = tuple(Task(name=f"world_{name}", take=3) for name in ("reasoning", "harmful", "benign"))
 SAMPLING = Sampling(temperature=1.0, top_p=0.95, max_new_tokens=10, repeats=2, batch=4)
@@ -150,6 +152,45 @@ def test_a_killed_evaluation_goes_on_to_the_same_files(home, whole, tmp_path, ba
     assert len(batches) == (0 if kept == 1.0 else 5 - lines // 4), "whole batches are not computed again"
 
 
+def test_an_evaluation_goes_on_over_a_mesh_to_the_same_files(home, whole, tmp_path, monkeypatch):
+    out = tmp_path / "halfway"
+    shutil.copytree(whole, out)
+    for name in ("origin.json", "summary.json", "verdicts.jsonl"):
+        (out / name).unlink()
+    keep_lines(out / "replies.jsonl", 12)
+    split = []
+
+    def looked_at(model, prompts, **settings):
+        split.append((model.stacks[0].mlp.up[...].addressable_shards[0].data.shape, filled_rows(4)))
+        return generate(model, prompts, **settings)
+
+    monkeypatch.setattr(run, "generate", looked_at)
+    sizes = {"fsdp": 2, "expert": 3}
+    assert results(evaluate(config(home, out, mesh=sizes))) == results(whole)
+    # Layers, a third of 9 experts, half of D, gate and up; six rows in place of four.
+    assert split == [((1, 3, 28, 80), 6)] * 2
+    assert jax.sharding.get_abstract_mesh().empty
+    assert read_config(out).mesh.model_dump() == {"data": 1, "fsdp": 2, "expert": 3, "tensor": 1}
+
+
+@pytest.mark.slow
+def test_a_mesh_changes_no_reply_of_experts_in_4_bits(home, tmp_path, tiny_gpt_oss_config):
+    plain = load_model(home / "model")
+    cfg = replace(plain.cfg, embed_dim=64, mlp_dim=96)
+    shapes = jax.eval_shape(lambda: Transformer(cfg, rngs=nnx.Rngs(0)))
+    rng = np.random.default_rng(0)
+    drawn = jax.tree.map(lambda leaf: jnp.asarray(rng.normal(0, 0.3, leaf.shape), leaf.dtype), shapes)
+    packed = four_bit_experts(drawn)
+    save_model(tmp_path / "model", packed, tokenizer_dir=home / "tokenizer", chat="harmony", origin={})
+    here = {"model": tmp_path / "model"}
+    alone = evaluate(config(home, tmp_path / "alone", **here))
+    mesh = {"fsdp": 2, "expert": 3}
+    assert results(evaluate(config(home, tmp_path / "spread", mesh=mesh, **here))) == results(alone)
+    with pytest.raises(ValueError, match=r"mesh fsdp\*tensor=6 does not divide embed_dim=64") as fault:
+        evaluate(config(home, tmp_path / "none", mesh={"fsdp": 2, "tensor": 3}, **here))
+    assert not (tmp_path / "none").exists(), fault
+
+
 @pytest.mark.parametrize("missing", ["summary.json", "verdicts.jsonl", "origin.json", "half of the verdicts"])
 def test_steps_that_are_missing_are_made_without_the_model(home, whole, tmp_path, monkeypatch, missing):
     out = tmp_path / "partly"
@@ -227,6 +268,13 @@ def test_faults_are_told_before_anything_is_written(home, tmp_path):
         evaluate(config(home, out, sampling=Sampling(max_new_tokens=250)))
     with pytest.raises(ValueError, match="is no jaxtax artifact"):
         evaluate(config(home, out, model=tmp_path / "no_model"))
+    with pytest.raises(ValueError) as fault:
+        evaluate(config(home, out, mesh={"expert": 5, "data": 2}, tasks=(Task(name="world", take=1),)))
+    assert [line.partition(";")[0] for line in str(fault.value).splitlines()] == [
+        "no task called 'world'",
+        "mesh expert=5 does not divide num_experts=9",
+        "mesh (data=2, fsdp=1, expert=5, tensor=1) needs 10 devices, but this process sees 8 (cpu)",
+    ]
     assert not out.exists()
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine.txt").touch()

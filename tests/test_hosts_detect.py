@@ -5,10 +5,10 @@ import socket
 import subprocess
 import sys
 import threading
-from types import SimpleNamespace
 
 import pytest
 
+from jaxtax.config import Hosts
 from jaxtax.hosts import start
 from jaxtax.hosts.detect import ALONE, Peers, detect, first_host, tasks_per_node
 from jaxtax.hosts.roll_call import disagreements, roll_call
@@ -175,9 +175,10 @@ def test_no_proxy_may_name_a_network():
 
 
 def test_bounds_come_from_the_environment_then_the_config_then_the_defaults():
-    settings = SimpleNamespace(heartbeat_seconds=None, init_seconds=60.0, shutdown_seconds=50.0)
+    settings = Hosts(init_seconds=60.0, shutdown_seconds=50.0)
     found = bounds(settings, {"JAXTAX_SHUTDOWN_SECONDS": "7"})
-    assert (found.heartbeat, found.init, found.shutdown) == (30, 60, 7)
+    assert (found.heartbeat, found.init, found.save, found.shutdown) == (30, 60, 3600, 7)
+    assert bounds(Hosts(save_seconds=9000), {}).save == 9000
     assert bounds(None, {}) == bounds(None, {"JAXTAX_INIT_SECONDS": ""})
     with pytest.raises(ValueError, match=r"(?s)JAXTAX_HEARTBEAT_SECONDS='soon'.*JAXTAX_INIT_SECONDS='0'"):
         bounds(None, {"JAXTAX_HEARTBEAT_SECONDS": "soon", "JAXTAX_INIT_SECONDS": "0"})

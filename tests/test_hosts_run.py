@@ -88,6 +88,7 @@ def test_two_processes_share_wait_hold_their_rows_and_stop_at_one_step(run):
     for one in found:
         assert one["shared"] == [[[0, turn], [1, turn]] for turn in range(3)]
         assert one["seconds"] < 0.5
+        assert one["kept"] <= 9  # what is shared is forgotten when all have it
     assert found[0]["stopped"] == found[1]["stopped"] >= 20
     assert re.search(r"'lunch': waited 1 s for process 1 of 2", found[0]["missing"])
     assert found[0]["missing"] == found[1]["missing"]  # whoever comes late hears that it was too late
@@ -124,16 +125,19 @@ def test_a_process_that_is_alive_and_stuck_is_named_and_the_stacks_of_all_are_ke
     assert "in oversleep" in both.log(1)
 
 
+LOST = (134, -signal.SIGABRT)  # the same to a shell, whether jaxtax ended the process or JAX did
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("victim", [0, 1])
-def test_a_killed_process_is_noticed_within_the_heartbeat_and_five_seconds(run, victim):
-    both = run("go_on")
+@pytest.mark.parametrize("heartbeat", [HEARTBEAT, 30])  # 30 is the default: a collective fails long before
+def test_a_killed_process_is_noticed_within_the_heartbeat_and_five_seconds(run, victim, heartbeat):
+    both = run("go_on", JAXTAX_HEARTBEAT_SECONDS=str(heartbeat))
     both.told(0), both.told(1)
     began = time.monotonic()
     both.processes[victim].kill()
-    assert both.end(1 - victim, HEARTBEAT + 5) != 0
-    assert time.monotonic() - began < HEARTBEAT + 5
-    assert "another task died" in both.log(1 - victim)
+    assert both.end(1 - victim, heartbeat + 5) in LOST, both.log(1 - victim)
+    assert time.monotonic() - began < heartbeat + 5
 
 
 @pytest.mark.slow
@@ -143,7 +147,7 @@ def test_a_frozen_process_is_noticed_within_the_heartbeat_and_five_seconds(run, 
     both.told(0), both.told(1)
     began = time.monotonic()
     both.processes[victim].send_signal(signal.SIGSTOP)
-    assert both.end(1 - victim, HEARTBEAT + 5) != 0
+    assert both.end(1 - victim, HEARTBEAT + 5) in LOST, both.log(1 - victim)
     assert time.monotonic() - began < HEARTBEAT + 5
 
 
@@ -207,4 +211,4 @@ def test_when_the_network_between_two_machines_is_lost_both_end(run, two_machine
     began = time.monotonic()
     codes = [both.end(0, HEARTBEAT + 5), both.end(1, HEARTBEAT + 5)]
     assert time.monotonic() - began < HEARTBEAT + 5
-    assert 0 not in codes
+    assert set(codes) <= set(LOST), both.log(0) + both.log(1)

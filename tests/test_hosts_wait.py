@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from jaxtax.checkpoint import together
+from jaxtax.hosts import leave
 from jaxtax.hosts.leave import EXIT_STUCK, exits_hard, stop_signal, stop_wanted
 from jaxtax.hosts.wait import PeerMissing, barrier, share
 from jaxtax.hosts.watchdog import Budgets, Watchdog, late
@@ -52,6 +54,36 @@ def test_who_is_missing_is_said_with_the_wait_and_its_length():
         PeerMissing("x", 1, [1, 2, 5], 8)
     )
     assert "processes 0, 1, 2, 3, 4, 5, 6, 7 and 12 more of 20" in str(PeerMissing("x", 1, range(20), 20))
+
+
+def test_what_comes_from_a_lost_process_is_told_from_what_does_not():
+    heard = "INTERNAL: Gloo AllReduce failed: [pair.cc:553] Read error: Connection reset by peer"
+    assert leave._code(RuntimeError(heard)) == 134
+    assert leave._code(PeerMissing("save", 60, [1], 2)) == 134
+    wrapped = RuntimeError("saving failed")
+    wrapped.__cause__ = PeerMissing("save", 60, [1], 2)
+    assert leave._code(wrapped) == 134
+    assert leave._code(RuntimeError("the cat walked over process 1")) == 1
+    assert leave._code(OSError(104, "Connection reset by peer")) == 1  # of a file server, say
+    assert leave._code(SystemExit(2)) == 2
+
+
+def test_a_fault_of_this_process_is_no_lost_process_though_the_others_do_not_come(monkeypatch):
+    """They wait inside of what failed here: to start all again would only bring this one to its full disk."""
+
+    def nobody_comes(*given, **options):
+        raise PeerMissing("save", 60, [1], 2)
+
+    monkeypatch.setattr(together, "share", nobody_comes)
+
+    def fails(error):
+        raise error
+
+    with pytest.raises(RuntimeError, match="No space left on device; the others wait for this") as caught:
+        together.together("save", lambda: fails(OSError(28, "No space left on device")))
+    assert leave._code(caught.value) == 1
+    with pytest.raises(PeerMissing):
+        together.together("save", lambda: fails(RuntimeError("Connection reset by peer")))
 
 
 def test_in_a_single_process_a_fault_goes_its_usual_way():

@@ -3,6 +3,7 @@
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import time
 from pathlib import Path
@@ -10,7 +11,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from jaxtax.hosts import leave
+from jaxtax.hosts import leave, roll_call
+from jaxtax.hosts.detect import Peers
 
 ROOT = Path(__file__).parent.parent
 LAUNCH = ROOT / "launch"
@@ -58,6 +60,17 @@ def test_local_gives_each_process_its_number_its_devices_and_one_place_to_meet()
     host, port = place.split(":")
     assert host == "127.0.0.1"
     assert 1024 < int(port) < 65536
+
+
+def test_local_shares_the_gpus_that_the_user_was_given():
+    given = 'sleep 0.2; echo "$CUDA_VISIBLE_DEVICES"'
+    done = local(2, 2, given, JAX_PLATFORMS="cuda", CUDA_VISIBLE_DEVICES="4,5,6,7")
+    assert sorted(done.stdout.split()) == ["4,5", "6,7"]
+    done = local(2, 1, given, JAX_PLATFORMS="cuda", CUDA_VISIBLE_DEVICES="GPU-8f,GPU-3a")
+    assert sorted(done.stdout.split()) == ["GPU-3a", "GPU-8f"]
+    done = local(2, 2, given, JAX_PLATFORMS="cuda", CUDA_VISIBLE_DEVICES="4,5,6")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "2 x 2 GPUs are wanted; CUDA_VISIBLE_DEVICES=4,5,6 has 3\n"
 
 
 def test_local_makes_fake_devices_on_a_cpu():
@@ -134,14 +147,26 @@ printf '<%s>' "$@"; echo
 test -e ran && exit 0
 touch ran; exit 75
 """
-    done = tpu_pod(tmp_path, script, "out=gs://b/my run", "it's $HOME", "a*")
+    done = tpu_pod(tmp_path, script, "out=/mnt/my run", "it's $HOME", "a*")
     assert done.returncode == 0, done.stderr
-    assert done.stdout == "<out=gs://b/my run><it's $HOME><a*>\n" * 2
+    assert done.stdout == "<out=/mnt/my run><it's $HOME><a*>\n" * 2
     words = (tmp_path / "words").read_text().splitlines()
     assert words[:7] == [
         "compute", "tpus", "tpu-vm", "ssh", "slice", "--zone=us-east5-a", "--worker=all"
     ]  # fmt: skip
     assert [word.split("=")[0] for word in words[7:]] == ["--command"]
+
+
+AGAIN = """#!/usr/bin/env bash
+echo start >> starts
+case $(wc -l < starts) in 1) exit 42 ;; 2) exit 134 ;; 3) exit 137 ;; *) exit 75 ;; esac
+"""
+
+
+def test_tpu_pod_starts_again_after_a_fault_of_the_machines_but_not_without_end(tmp_path, monkeypatch):
+    monkeypatch.setenv("JAXTAX_MAX_RESTARTS", "5")
+    assert tpu_pod(tmp_path, AGAIN).returncode == 75
+    assert (tmp_path / "worker" / "a copy" / "starts").read_text() == "start\n" * 6
 
 
 def test_tpu_pod_ends_when_the_command_fails(tmp_path):
@@ -165,9 +190,24 @@ def manifests():
 
 
 def test_the_exit_codes_are_those_of_the_package():
-    again = leave.EXIT_AGAIN
-    assert f"again={again}\n" in (LAUNCH / "slurm.sbatch").read_text()
-    assert f"again={again}\n" in (LAUNCH / "local.sh").read_text()
-    assert f"-eq {again} ]" in (LAUNCH / "tpu_pod.sh").read_text()
+    faults = [leave.EXIT_STUCK, leave.EXIT_LOST, 128 + signal.SIGKILL]
+    slurm = (LAUNCH / "slurm.sbatch").read_text()
+    assert f"\n  {leave.EXIT_AGAIN}) most=" in slurm
+    assert f"\n  {' | '.join(map(str, faults))}) most=" in slurm
+    assert f"again={leave.EXIT_AGAIN}\n" in (LAUNCH / "local.sh").read_text()
+    again = sorted([*faults, leave.EXIT_AGAIN])
+    assert f"in {'|'.join(map(str, again))}) ;;" in (LAUNCH / "tpu_pod.sh").read_text()
     job = manifests()[0]["spec"]["replicatedJobs"][0]["template"]["spec"]
-    assert job["podFailurePolicy"]["rules"][1]["onExitCodes"]["values"] == [42, again, 134]
+    assert job["podFailurePolicy"]["rules"][1]["onExitCodes"]["values"] == again
+
+
+def test_a_process_that_waits_at_its_own_machine_for_process_0_says_so(caplog, monkeypatch):
+    monkeypatch.setattr(roll_call, "_SAY_FIRST", 0.0)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    with pytest.raises(ValueError, match="could not reach process 0"):
+        roll_call.roll_call(Peers(1, 2, f"127.0.0.1:{port}", "the test"), 0.5)
+    [said] = [record.getMessage() for record in caplog.records]
+    assert f"waiting for process 0 at 127.0.0.1:{port}" in said
+    assert "127.0.0.1 is this machine itself: if process 0 runs on another" in said

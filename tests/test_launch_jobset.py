@@ -1,14 +1,20 @@
 """launch/jobset.yaml against schemas: its shape, never its behavior."""
 
 import copy
+import math
+import re
 from pathlib import Path
 
 import pytest
 import yaml
 
+from jaxtax import config, config_file
 from jaxtax.hosts.detect import detect
+from jaxtax.model.config import named_size
+from jaxtax.sharding import MESH_AXES, check_mesh
 
-JOBSET, POLICY = yaml.safe_load_all((Path(__file__).parent.parent / "launch" / "jobset.yaml").read_text())
+ROOT = Path(__file__).parent.parent
+JOBSET, POLICY = yaml.safe_load_all((ROOT / "launch" / "jobset.yaml").read_text())
 
 # What jobset.x-k8s.io/v1alpha2 allows, without what the file does not need: a type, the allowed values, a
 # list of one form, or a block of fields, of which REQUIRED ones must be there. A JOB is checked against
@@ -123,7 +129,7 @@ def test_the_job_and_the_network_policy_have_the_form_that_kubernetes_wants(refu
         lambda spec: spec["podFailurePolicy"]["rules"][0]["onPodConditions"][0].pop("status"),
         lambda spec: spec.update(paralelism=2),
         lambda spec: spec["template"]["spec"]["containers"][0]["env"][1].update(value=2),
-        lambda spec: spec["template"]["spec"]["volumes"][1]["emptyDir"].update(size="16Gi"),
+        lambda spec: spec["template"]["spec"]["volumes"][2]["emptyDir"].update(size="16Gi"),
     ],
 )
 def test_a_mistake_in_the_job_is_found(change, refused):
@@ -149,6 +155,56 @@ def test_the_parts_of_the_jobset_agree():
     assert spec["template"]["spec"]["restartPolicy"] == "Never"  # as podFailurePolicy demands
     mounted = {mount["name"] for mount in container["volumeMounts"]}
     assert mounted == {volume["name"] for volume in spec["template"]["spec"]["volumes"]}
-    labels = spec["template"]["metadata"]["labels"]
-    assert POLICY["spec"]["podSelector"]["matchLabels"] == labels
+    # JobSet puts its name on its pods; a label that other runs carry, too, would let them in.
+    label = {"jobset.sigs.k8s.io/jobset-name": name}
+    assert POLICY["spec"]["podSelector"]["matchLabels"] == label
+    assert POLICY["spec"]["ingress"] == [{"from": [{"podSelector": {"matchLabels": label}}]}]
     assert "HF_TOKEN" not in str(JOBSET)
+
+
+def test_the_command_of_the_jobset_fits_its_pods(monkeypatch):
+    spec = JOBSET["spec"]["replicatedJobs"][0]["template"]["spec"]
+    [container] = spec["template"]["spec"]["containers"]
+    variables = {one["name"]: one.get("value") for one in container["env"]}
+    monkeypatch.setenv("JAXTAX_ASSETS", variables["JAXTAX_ASSETS"])
+    monkeypatch.setattr(config_file, "_missing", lambda path, what: None)
+    program, verb, path, *overrides = container["command"]
+    assert (program, verb) == ("jaxtax", "train")
+    cfg = config_file.load(ROOT / path, overrides, config.TrainConfig)
+    sizes = cfg.mesh.model_dump()
+    gpus = spec["parallelism"] * container["resources"]["limits"]["nvidia.com/gpu"]
+    assert math.prod(sizes[axis] for axis in MESH_AXES) == gpus
+    model = named_size("gpt-oss-20b", vocab_size=201_088)
+    check_mesh(model, sizes, cfg.batch_rows // cfg.micro_batches, row_tokens=cfg.data.row_tokens)
+    places = {mount["mountPath"]: mount.get("readOnly", False) for mount in container["volumeMounts"]}
+    read = [cfg.model.path, *(file for source in cfg.data.sources for file in source.files)]
+    assert read[1:]
+    for file in read:
+        assert any(file.is_relative_to(place) for place in places), f"{file} is on no volume"
+    assert [only for place, only in places.items() if cfg.out.is_relative_to(place)] == [False]
+
+
+def test_the_image_is_built_from_what_is_there():
+    lines = (ROOT / "launch" / "Dockerfile").read_text().splitlines()
+    copied = [word for line in lines if line.startswith("COPY ") for word in line.split()[1:-1]]
+    assert copied
+    assert [name for name in copied if not (ROOT / name).exists()] == []
+    [locked] = [word for line in lines for word in line.split() if word.startswith("requirements/py")]
+    assert (ROOT / locked).exists()
+    assert any("--require-hashes" in line for line in lines)
+
+
+def pins(path):
+    """name==version of every package of a lock."""
+    return set(re.findall(r"^([a-z0-9][^ ]*==[^ ]+)", path.read_text(), re.MULTILINE))
+
+
+@pytest.mark.parametrize("python", ["py311", "py312"])
+def test_the_lock_for_gpus_adds_to_the_core_and_changes_nothing_of_it(python):
+    core, gpus = (pins(ROOT / "requirements" / f"{python}{more}.txt") for more in ("", "-cuda"))
+    assert len(core) > 50
+    assert core < gpus
+    [jax] = [pin.split("==")[1] for pin in core if pin.startswith("jax==")]
+    [plugin] = [pin.split("==")[1] for pin in gpus if re.match(r"jax-cuda\d+-plugin==", pin)]
+    assert plugin.split(".")[:3] == jax.split(".")[:3]
+    assert any(pin.startswith("nvidia-nccl") for pin in gpus)

@@ -22,7 +22,7 @@ from jaxtax.model.transformer import SHALLOW, Transformer
 from jaxtax.ops import mxfp4
 from jaxtax.ops.moe import experts as run_experts
 from jaxtax.sharding import check_mesh, make_mesh, shardings
-from jaxtax.train import loop
+from jaxtax.train import job
 from jaxtax.train.optimizer import is_frozen, recipe
 from jaxtax.train.step import Settings, _loss, initial_state, join, split, train_step
 
@@ -304,13 +304,13 @@ def test_a_run_decodes_4_bit_experts_that_it_trains_and_keeps_frozen_ones(monkey
     def load(path, *, mesh, param_dtype):
         return cast_floating(stored, param_dtype)
 
-    monkeypatch.setattr(loop, "load_model", load)
+    monkeypatch.setattr(job, "load_model", load)
     cfg = SimpleNamespace(
         model=SimpleNamespace(path="somewhere"),
         precision=SimpleNamespace(params="float32"),
         freeze=freeze,
     )
-    model = loop._starting_model(SimpleNamespace(cfg=cfg, mesh=None))
+    model = job.starting_model(SimpleNamespace(cfg=cfg, mesh=None))
     assert experts_form(model) == form
     dtypes = {leaf.dtype.name for leaf in jax.tree.leaves(model)}
     assert dtypes == ({"float32"} if form == "plain" else {"float32", "uint8"})

@@ -33,13 +33,14 @@ def demands(python, extra=""):
 
 
 def test_there_is_a_lock_for_each_python_that_is_tested():
-    assert [path.name for path in LOCKS] == ["py311.txt", "py312.txt"]
+    names = {f"py3{minor}{extra}.txt" for minor in (11, 12) for extra in ("", "-cuda")}
+    assert {path.name for path in LOCKS} == names
 
 
 @pytest.mark.parametrize("path", LOCKS, ids=lambda path: path.name)
 def test_the_lock_satisfies_the_ranges_of_the_project(path):
     versions, _ = locked(path)
-    python = f"3.{path.stem.removeprefix('py3')}"
+    python = f"3.{path.stem.partition('-')[0].removeprefix('py3')}"
     faults = [
         f"{one}: locked {versions.get(one.name.lower(), 'not at all')}"
         for one in demands(python)

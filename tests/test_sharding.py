@@ -1,7 +1,9 @@
 """Meshes: what does not divide is said in words, and no mesh changes the result."""
 
+import itertools
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +20,17 @@ from jaxtax.data import world
 from jaxtax.model.config import SIZES, Moe
 from jaxtax.model.transformer import SHALLOW, Transformer
 from jaxtax.ops.loss import next_token_loss
-from jaxtax.sharding import batch_sharding, check_mesh, make_mesh, row_axes, shardings
+from jaxtax.progress import quiet
+from jaxtax.sharding import (
+    _arranged,
+    batch_sharding,
+    check_mesh,
+    make_mesh,
+    mesh_for_replies,
+    row_axes,
+    shardings,
+    tell_idle_devices,
+)
 from jaxtax.train.loop import train
 from jaxtax.train.optimizer import recipe
 from jaxtax.train.step import Settings, initial_state, join, split, train_step, train_step_on
@@ -35,6 +47,23 @@ def test_a_mesh_that_does_not_divide_names_every_size_and_what_would():
         "mesh fsdp=7 does not divide embed_dim=2880; the largest that does is 6",
         "mesh tensor=16 does not divide num_kv_heads=8; the largest that does is 8",
     ]
+
+
+def test_a_mesh_for_replies_takes_any_rows_and_tells_all_that_does_not_fit():
+    cfg = SIZES["gpt-oss-20b"]
+    assert mesh_for_replies(cfg, {"data": 3, "fsdp": 2}).devices.shape == (3, 2, 1, 1)
+    assert mesh_for_replies(cfg, {"data": 1}) is None
+    with pytest.raises(ValueError) as fault:
+        mesh_for_replies(cfg, {"expert": 5, "tensor": 2})
+    assert str(fault.value).splitlines() == [
+        "mesh expert=5 does not divide num_experts=32; the largest that does is 4",
+        "mesh (data=1, fsdp=1, expert=5, tensor=2) needs 10 devices, but this process sees 8 (cpu); make the "
+        "product of the sizes at most 8",
+    ]
+    odd = replace(cfg, embed_dim=2884)
+    assert mesh_for_replies(odd, {"fsdp": 2, "tensor": 4}).size == 8
+    with pytest.raises(ValueError, match=r"mesh fsdp\*tensor=8 does not divide embed_dim=2884; .* is 7$"):
+        mesh_for_replies(odd, {"fsdp": 2, "tensor": 4}, four_bit_experts=True)
 
 
 def test_rows_that_are_cut_must_leave_pieces_as_long_as_the_window():
@@ -62,6 +91,68 @@ def test_a_dense_model_has_nothing_to_split_over_expert():
 def test_too_few_devices_are_named():
     with pytest.raises(ValueError, match=r"data=1, fsdp=3, expert=1, tensor=5\) needs 15 devices, but .* 8 "):
         make_mesh({"fsdp": 3, "tensor": 5})
+
+
+def test_several_processes_have_all_their_devices_in_the_mesh(monkeypatch):
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    assert make_mesh({"data": 2, "tensor": 4}).size == 8
+    with pytest.raises(ValueError) as fault:
+        make_mesh(Mesh().model_dump())
+    assert str(fault.value) == (
+        "mesh (data=1, fsdp=1, expert=1, tensor=1) is of 1 devices, but the 2 processes have 8 (cpu), and "
+        "all have to be in it; write mesh: {fsdp: 8}"
+    )
+    with pytest.raises(ValueError, match=r"is of 16 .* write mesh: \{fsdp: 2, tensor: 4\}$"):
+        make_mesh({"fsdp": 4, "tensor": 4})
+    with pytest.raises(ValueError, match=r"is of 3 .* write mesh: \{fsdp: 8\}$"):
+        make_mesh({"expert": 3})
+
+
+@pytest.mark.parametrize(
+    ("sizes", "told"),
+    [
+        ({}, ["7 of 8 devices stay idle: the mesh is of 1; mesh: {fsdp: 8} would use them all"]),
+        (
+            {"data": 2, "fsdp": 2},
+            ["4 of 8 devices stay idle: the mesh is of 4; mesh: {data: 2, fsdp: 4} would use them all"],
+        ),
+        (
+            {"expert": 7},
+            ["1 of 8 devices stays idle: the mesh is of 7; mesh: {fsdp: 8} would use them all"],
+        ),
+        ({"tensor": 8}, []),
+    ],
+)
+def test_devices_that_stay_idle_are_counted_with_the_line_that_uses_them(sizes, told):
+    said = []
+    tell_idle_devices(make_mesh(sizes), said.append)
+    assert said == told
+
+
+def tpu_slice(kind, *dims, slices=1):
+    """Stand-ins for the chips of TPU slices, numbered as they lie in a plain grid."""
+    places = itertools.product(range(slices), *map(range, reversed(dims)))
+    return [
+        SimpleNamespace(platform="tpu", id=number, device_kind=kind, coords=place[:0:-1], core_on_chip=0,
+                        slice_index=place[0], process_index=number // 4)
+        for number, place in enumerate(places)
+    ]  # fmt: skip
+
+
+def test_the_axes_of_a_whole_tpu_slice_follow_its_wires():
+    def order(chips, shape, count):
+        return [chip.id for chip in _arranged(chips, shape, count).ravel()]
+
+    lite = tpu_slice("TPU v5 lite", 2, 4, 1)
+    assert order(lite, (1, 8, 1, 1), 8) == [0, 1, 2, 3, 7, 6, 5, 4]
+    assert order(tpu_slice("TPU v4", 2, 2, 2), (1, 8, 1, 1), 8) == [0, 4, 2, 6, 1, 5, 3, 7]
+    # Groups of four along `tensor` are whole planes of the torus.
+    cube = _arranged(tpu_slice("TPU v5p", 2, 2, 4), (1, 4, 1, 4), 16)
+    assert [{chip.coords[2] for chip in group} for group in cube.reshape(4, 4)] == [{0}, {1}, {2}, {3}]
+    # Not all devices, several slices, or no TPU: as they are counted.
+    assert order(lite[:4], (1, 4, 1, 1), 8) == [0, 1, 2, 3]
+    assert order(tpu_slice("TPU v4", 2, 2, 1, slices=2), (2, 4, 1, 1), 8) == list(range(8))
+    assert make_mesh({"fsdp": 4, "tensor": 2}).devices.ravel().tolist() == jax.devices()
 
 
 def test_parameters_and_their_stacks_follow_the_table():
@@ -287,7 +378,8 @@ def test_no_mesh_changes_the_logits_of_prefill_and_decoding(sizes):
 
 
 @pytest.mark.slow
-def test_a_run_over_rows_in_pieces_writes_the_losses_of_a_run_on_one_device(tmp_path):
+def test_a_run_over_rows_in_pieces_writes_the_losses_of_a_run_on_one_device(tmp_path, monkeypatch):
+    said = []
     tokenizer_dir = tmp_path / "tokenizer"
     build_world_tokenizer(world.words()).save(tokenizer_dir)
 
@@ -302,12 +394,17 @@ def test_a_run_over_rows_in_pieces_writes_the_losses_of_a_run_on_one_device(tmp_
             log_every_steps=1,
             mesh=mesh,
         )
-        train(cfg)
+        said.clear()
+        progress = quiet("train")
+        monkeypatch.setattr(progress, "say", said.append)
+        train(cfg, progress=progress)
         return [json.loads(line)["loss"] for line in (cfg.out / "metrics.jsonl").read_text().splitlines()]
 
     want = losses(Mesh())
     assert len(want) > 5
+    assert "7 of 8 devices stay idle: the mesh is of 1; mesh: {fsdp: 8} would use them all" in said
     assert losses(Mesh(fsdp=4, split_sequence=True)) == pytest.approx(want, rel=1e-5)
+    assert any(line.startswith("4 of 8 devices stay idle") for line in said)
 
 
 @pytest.mark.slow

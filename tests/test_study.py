@@ -155,6 +155,7 @@ def test_faults_of_every_stage_come_at_once_before_anything_is_written(tmp_path)
     [
         ("size=tiny-gpt-os", "no model size called 'tiny-gpt-os'"),
         ("mesh.tensor=3", "tensor=3 does not divide"),
+        ("evaluation.mesh.tensor=3", "^evaluation: mesh tensor=3 does not divide num_heads=4"),
         ("evaluation.tasks.1.name=world_harmless", "world_harmless"),
     ],
 )

@@ -17,23 +17,28 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from test_train_loop import lines, make_config
+from typer.testing import CliRunner
 
 from jaxtax import owner
 from jaxtax.artifact import DamagedError
 from jaxtax.chat.vocabulary import build_world_tokenizer
-from jaxtax.checkpoint import run_states
+from jaxtax.checkpoint import model_directory, run_states
 from jaxtax.checkpoint.together import FailedError
-from jaxtax.cli import faults_in_words
-from jaxtax.config import BadSteps, Mesh
+from jaxtax.cli import app
+from jaxtax.cli_faults import faults_in_words
+from jaxtax.config import BadSteps, Hosts, Mesh
+from jaxtax.config_file import dump
 from jaxtax.data import world
 from jaxtax.data.loader import Batches
 from jaxtax.goodput import goodput_in_words, read_goodput
+from jaxtax.hosts.leave import StoppedError
+from jaxtax.hosts.limits import limits
 from jaxtax.owner import claim
 from jaxtax.progress import Progress
 from jaxtax.sharding import make_mesh
-from jaxtax.train import loop
-from jaxtax.train.guard import Guard
-from jaxtax.train.leaving import StoppedError
+from jaxtax.train import loop, ownership
+from jaxtax.train.ahead import ahead
+from jaxtax.train.guard import Guard, Limits
 from jaxtax.train.loop import train
 from jaxtax.train.replicas import compare_replicas
 
@@ -170,6 +175,129 @@ def test_a_last_save_that_fails_is_a_failed_run(whole_run, tmp_path, monkeypatch
         train(cfg)
 
 
+def run_command(cfg):
+    """`jaxtax train` on `cfg`, in this process: its exit code and what it said."""
+    cfg.out.with_suffix(".yaml").write_text(dump(cfg))
+    done = CliRunner().invoke(app, ["train", str(cfg.out.with_suffix(".yaml"))])
+    return done.exit_code, done.stderr
+
+
+def test_a_last_save_that_fails_ends_the_command_with_1(whole_run, tmp_path, monkeypatch):
+    cfg = whole_run.model_copy(update={"out": tmp_path / "run", "save_every_steps": None})
+    failing_saves(monkeypatch, set(range(99)))
+    with at_batch(monkeypatch, 6, term):
+        code, said = run_command(cfg)
+    assert (code, "Traceback" in said) == (1, False), said
+    assert "it was the last, so the run has stopped" in said
+
+
+@pytest.mark.parametrize("error", [OSError(5, "Input/output error"), ValueError("a bug")])
+def test_a_fault_in_the_middle_of_a_run_is_none_of_the_command_and_keeps_its_traceback(
+    whole_run, tmp_path, monkeypatch, error
+):
+    cfg = whole_run.model_copy(update={"out": tmp_path / "run"})
+
+    def fail():
+        raise error
+
+    with at_batch(monkeypatch, 6, fail):
+        code, said = run_command(cfg)
+    assert code == 1, said
+    assert "Traceback" in said
+    assert "in fail" in said
+    assert said.endswith(f"failed when the work had begun: {error}\n")
+    code, said = run_command(cfg.model_copy(update={"seed": 5}))
+    assert (code, "Traceback" in said) == (2, False), said
+
+
+def failing_models(monkeypatch, names):
+    original = model_directory.save_arrays
+
+    def save(place, arrays):
+        if place.parent.name.strip(".").split(".")[0] in names:
+            raise OSError(28, "No space left on device")
+        original(place, arrays)
+
+    monkeypatch.setattr(model_directory, "save_arrays", save)
+
+
+def digests(out):
+    models = [out / "model", *sorted((out / "epochs").iterdir())]
+    return {model.name: json.loads((model / "origin.json").read_text())["digest"] for model in models}
+
+
+@pytest.fixture(scope="module")
+def run_of_epochs(whole_run, tmp_path_factory):
+    """The digests of the models of a run that nothing disturbed."""
+    cfg = whole_run.model_copy(update={"out": tmp_path_factory.mktemp("epochs") / "run", "keep_epochs": True})
+    train(cfg)
+    assert digests(cfg.out).keys() == {"model", "1", "2", "3"}
+    return digests(cfg.out)
+
+
+@pytest.mark.parametrize("state_too", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_an_epoch_model_that_cannot_be_written_fails_the_run_in_the_end_and_the_same_command_makes_it(
+    whole_run, run_of_epochs, tmp_path, monkeypatch, capfd, state_too
+):
+    cfg = whole_run.model_copy(update={"out": tmp_path / "run", "keep_epochs": True})
+    failing_models(monkeypatch, {"1"})
+    if state_too:  # as when the disk is full
+        failing_saves(monkeypatch, {9})
+    with (
+        Progress("train", show="lines") as progress,
+        pytest.raises(
+            FailedError, match=r"the run has failed: .*/epochs/1 could not be written; all steps are"
+        ),
+    ):
+        train(cfg, progress=progress)
+    said = capfd.readouterr().err
+    assert "epochs/1 could NOT be written" in said
+    assert "No space left on device; training goes on" in said
+    kept = sorted(int(path.name) for path in (cfg.out / "state").iterdir())
+    assert kept == [6 if state_too else 9, 24, 27]
+    with pytest.raises(
+        FailedError, match="run has failed" if state_too else "epoch 1 still cannot be written"
+    ):
+        train(cfg)
+    monkeypatch.undo()
+    steps = []
+    monkeypatch.setattr(loop, "ahead", lambda fetch, some: steps.append(some) or ahead(fetch, some))
+    train(cfg)
+    assert steps == [range(6 if state_too else 27, 27)]
+    assert digests(cfg.out) == run_of_epochs
+    assert lines(cfg.out) == lines(whole_run.out)
+
+
+def test_a_final_model_that_cannot_be_written_fails_the_run_whose_state_is_saved(
+    whole_run, tmp_path, monkeypatch
+):
+    cfg = whole_run.model_copy(update={"out": tmp_path / "run", "save_every_steps": None})
+    failing_models(monkeypatch, {"model"})
+    with pytest.raises(
+        FailedError, match=r"run/model \(.*No space left on device\) could not be written; all"
+    ):
+        train(cfg)
+    assert (cfg.out / "state" / "27").is_dir()
+    monkeypatch.undo()
+    train(cfg)
+    assert model_digest(cfg.out) == model_digest(whole_run.out)
+
+
+def test_a_config_says_how_long_a_save_may_take(whole_run, tmp_path, monkeypatch):
+    """1.4 TB at 300 MB/s are more than an hour, after which a run would be ended at every save."""
+    seen = []
+
+    def look(budgets, directory):
+        seen.append((budgets.save, budgets.restore, limits().save))
+        raise InterruptedError
+
+    monkeypatch.setattr(loop, "Watchdog", look)
+    for hosts, seconds in ((Hosts(save_seconds=7200), 7200), (Hosts(), 3600)):
+        with pytest.raises(InterruptedError):
+            train(whole_run.model_copy(update={"out": tmp_path / f"{seconds}", "hosts": hosts}))
+        assert seen.pop() == (seconds, seconds, seconds)
+
+
 # ---------------------------------------------------------------- bad steps
 
 
@@ -227,7 +355,8 @@ def test_spikes_and_steps_that_are_not_finite_are_skipped_and_named_and_a_resume
 ):
     bad_steps = BadSteps(not_finite="skip", window=4, sigmas=8)
     fields = {"bad_steps": bad_steps, "log_every_steps": 1}
-    poisoned(monkeypatch, {14: 1.0, 20: math.nan})
+    factors = {14: 1.0, 20: math.nan}
+    poisoned(monkeypatch, factors)
     cfg = whole_run.model_copy(update={"out": tmp_path / "whole", **fields})
     train(cfg)
     found = lines(cfg.out)
@@ -245,6 +374,29 @@ def test_spikes_and_steps_that_are_not_finite_are_skipped_and_named_and_a_resume
     train(interrupted)
     assert lines(interrupted.out) == found
     assert model_digest(interrupted.out) == model_digest(cfg.out)
+
+    # Nothing of the bad updates is in the weights: they are those of a run whose batches were never poisoned,
+    # and which was made to leave out the same steps.
+    factors.clear()
+    given, none = Guard.limits, Limits(np.float32(-1.0), np.float32(-1.0))
+    bad = {step - 1 for step in skipped}
+    monkeypatch.setattr(Guard, "limits", lambda guard, step: none if step in bad else given(guard, step))
+    never = cfg.model_copy(update={"out": tmp_path / "never"})
+    train(never)
+    assert {line["step"] for line in lines(never.out) if "skipped" in line} == skipped.keys()
+    assert model_digest(never.out) == model_digest(cfg.out)
+
+
+def test_a_run_of_bad_steps_in_a_row_stops_without_any_of_them(whole_run, tmp_path, monkeypatch):
+    bad_steps = BadSteps(not_finite="skip", most_in_a_row=3)
+    cfg = whole_run.model_copy(update={"out": tmp_path / "run", "bad_steps": bad_steps})
+    poisoned(monkeypatch, dict.fromkeys(range(6, 27), math.nan))
+    code, said = run_command(cfg)
+    assert code == 1
+    assert "step 9: the loss is nan" in said
+    assert "the last of 3 bad steps in a row" in said
+    assert [line["step"] for line in lines(cfg.out) if "skipped" in line] == [7, 8]
+    assert sorted(path.name for path in (cfg.out / "state").iterdir())[-1] == "6"
 
 
 # ---------------------------------------------------------------- a second writer
@@ -288,6 +440,18 @@ def test_a_killed_owner_on_this_machine_keeps_nothing(tmp_path, holder):
         held.check()
     assert [f"process {holder.pid} on" in text for text in said] == [True]
     assert not list(tmp_path.iterdir())
+
+
+def test_a_directory_whose_claim_is_not_seen_is_not_shared(tmp_path, monkeypatch):
+    monkeypatch.setattr(ownership, "_SHOWS", 0.3)
+    with ownership.owned(tmp_path, "training", pytest.fail):
+        token = json.loads((tmp_path / owner.OWNER).read_text())["token"]
+        assert owner.is_held(tmp_path, token)
+        assert not owner.is_held(tmp_path / "absent", token)
+        with pytest.raises(
+            ValueError, match="not seen by process 0 of 1; give a directory that all machines"
+        ):
+            ownership._check_shared(tmp_path, "that of another directory")
 
 
 def elsewhere(directory):
@@ -410,6 +574,35 @@ def test_a_run_that_compares_its_replicas_finds_nothing_where_nothing_is(
     train(cfg)
     assert compared == [2, 3, 4, 6, 8, 9]
     assert read_goodput(cfg.out)["seconds"]["check"] > 0
+
+
+@pytest.mark.slow
+def test_a_bit_that_flips_in_one_copy_during_a_run_stops_it_before_the_next_save(
+    whole_run, tmp_path, monkeypatch
+):
+    cfg = whole_run.model_copy(update={"out": tmp_path / "run", "mesh": Mesh(data=4)})
+    assert cfg.compare_replicas_every_steps is None  # before every save it is done by itself
+    original = loop.train_step_on
+
+    def flips(mesh, state):
+        step, calls = original(mesh, state), []
+
+        def broken(*given):
+            state, metrics = step(*given)
+            calls.append(1)
+            if len(calls) == 5:
+                leaves, form = jax.tree.flatten(state)
+                at = next(number for number, leaf in enumerate(leaves) if leaf.ndim == 2)
+                leaves[at] = with_flipped_bit(leaves[at], 2)
+                state = jax.tree.unflatten(form, leaves)
+            return state, metrics
+
+        return broken
+
+    monkeypatch.setattr(loop, "train_step_on", flips)
+    with pytest.raises(DamagedError, match=r"step 6: (?s:.*)device 2 \("):
+        train(cfg)
+    assert [path.name for path in (cfg.out / "state").iterdir()] == ["3"]
 
 
 # ---------------------------------------------------------------- where the time went

@@ -51,23 +51,18 @@ def environment(processes, index, port, devices):
 class Launched:
     """`jaxtax train` in some processes of some devices each."""
 
-    def __init__(self, home, out, processes, devices, *overrides):
+    def __init__(self, home, out, processes, devices, *overrides, begin=("-m", "jaxtax"), cwd=(None,) * 4):
+        """`begin`: what Python runs; `cwd`: where each process is."""
         port = free_port()
-        command = [
-            sys.executable,
-            "-m",
-            "jaxtax",
-            "train",
-            str(home / "train.yaml"),
-            f"out={out}",
-            *overrides,
-        ]
+        command = [sys.executable, *begin, "train", str(home / "train.yaml"), f"out={out}", *overrides]
         self.logs = [out.with_name(f"{out.name}-{time.time_ns()}-{index}.log") for index in range(processes)]
         self.processes = []
         for index, log in enumerate(self.logs):
             with log.open("w") as file:
                 env = environment(processes, index, port, devices)
-                self.processes.append(subprocess.Popen(command, env=env, stdout=file, stderr=file))
+                self.processes.append(
+                    subprocess.Popen(command, env=env, stdout=file, stderr=file, cwd=cwd[index])
+                )
 
     def end(self):
         codes = [process.wait(timeout=240) for process in self.processes]
@@ -103,10 +98,7 @@ def left(home, whole):
     """A run of two processes of which one was told to leave in the middle."""
     out = home / "left"
     launched = Launched(home, out, 2, 2, *SAME_MESH)
-    metrics, end = out / "metrics.jsonl", time.monotonic() + 120
-    while not (metrics.exists() and metrics.read_text().count("\n") >= 5):
-        assert time.monotonic() < end, [log.read_text() for log in launched.logs]
-        time.sleep(0.01)
+    wait_for_lines(launched, out, 5)
     launched.processes[1].send_signal(signal.SIGTERM)
     codes, said = launched.end()
     assert codes == [75, 75], said
@@ -145,6 +137,84 @@ def test_on_other_processes_or_another_mesh_a_run_goes_on_within_2e_6(
     codes, said = Launched(home, out, processes, devices, *mesh).end()
     assert codes == [0] * processes, said
     np.testing.assert_allclose(losses(out), losses(whole), rtol=0, atol=2e-6)
+
+
+SOON = """
+from jaxtax.cli import main
+from jaxtax.train import ownership
+ownership._SHOWS = 2.0
+main()
+"""
+
+
+def test_a_directory_that_the_processes_do_not_share_is_refused_before_anything_is_computed(home):
+    places = [home / "one", home / "other"]
+    for place in places:
+        place.mkdir()
+    launched = Launched(home, home / "mine", 2, 1, "mesh.data=2", "out=mine", begin=("-c", SOON), cwd=places)
+    codes, said = launched.end()
+    assert codes == [2, 2], said
+    assert said.count("what process 0 wrote there is not seen by process 1 of 2; give a directory that") == 2
+    assert list((places[0] / "mine").iterdir()) == []
+    assert not (places[1] / "mine").exists()
+
+
+def wait_for_lines(launched, out, number):
+    metrics, end = out / "metrics.jsonl", time.monotonic() + 120
+    while not (metrics.exists() and metrics.read_text().count("\n") >= number):
+        assert time.monotonic() < end, [log.read_text() for log in launched.logs]
+        time.sleep(0.01)
+
+
+SLOW_TO_REMOVE = """
+import time
+import jax
+from jaxtax.checkpoint import run_states
+from jaxtax.cli import main
+original = run_states._remove
+
+def slow(place):
+    time.sleep(3.0 if place.name.isdigit() else 0.0)
+    original(place)
+
+run_states._remove = slow
+main()
+"""
+
+
+def test_told_to_leave_nobody_is_cut_off_while_the_first_process_still_tidies_up(home):
+    out = home / "tidy"
+    launched = Launched(home, out, 2, 1, "mesh.data=2", "keep_saves=1", "save_every_steps=3", "epochs=40",
+                        begin=("-c", SLOW_TO_REMOVE))  # fmt: skip
+    wait_for_lines(launched, out, 4)
+    launched.processes[1].send_signal(signal.SIGTERM)
+    codes, said = launched.end()
+    assert codes == [75, 75], said
+    assert not (out / ".owner.json").exists()
+    assert [path.name.isdigit() for path in (out / "state").iterdir()] == [True]
+
+
+def test_a_training_killed_at_8_random_instants_ends_with_the_bits_of_one_that_was_not(home):
+    """Not only savers: whole runs, most of whose time is saving."""
+    rng, often = random.Random(9), ["mesh.data=2", "epochs=12", "save_every_steps=1", "keep_epochs=true"]
+    undisturbed, out = home / "undisturbed", home / "killed"
+    codes, said = Launched(home, undisturbed, 1, 2, *often).end()
+    assert codes == [0], said
+    in_saves = 0
+    for number in range(8):
+        launched = Launched(home, out, 1, 2, *often)
+        wait_for_lines(launched, out, 1 + 9 * number)
+        time.sleep(rng.uniform(0.0, 0.3))
+        launched.processes[0].kill()
+        assert launched.end()[0] == [-signal.SIGKILL]
+        in_saves += any(out.rglob(".*.tmp"))
+    codes, said = Launched(home, out, 1, 2, *often).end()
+    assert codes == [0], said
+    assert in_saves >= 2
+    assert losses(out) == losses(undisturbed)
+    for name in ("model", *(f"epochs/{epoch}" for epoch in range(1, 13))):
+        assert read_origin(out / name)["digest"] == read_origin(undisturbed / name)["digest"]
+    assert not list(out.rglob(".*"))
 
 
 SAVES = """

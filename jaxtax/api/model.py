@@ -1,8 +1,8 @@
 """A model directory in memory: logits and replies."""
 
-import contextlib
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -10,7 +10,6 @@ from typing import Any, TypedDict, Unpack
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import Mesh
 from pydantic import ValidationError
 
@@ -21,12 +20,12 @@ from jaxtax.api.rows import as_ids, as_segments, positions
 from jaxtax.chat.conversation import Effort
 from jaxtax.chat.format import ChatFormat
 from jaxtax.chat.formats import FORMATS, check_name, load_format
-from jaxtax.checkpoint.model_directory import read_description
+from jaxtax.checkpoint.model_directory import Description, read_description
 from jaxtax.config import Ask
 from jaxtax.config_words import dotted, said
 from jaxtax.model.config import ModelConfig
 from jaxtax.model.transformer import Transformer
-from jaxtax.sharding import AXIS_TO_MESH, MESH_AXES, check_mesh, make_mesh
+from jaxtax.sharding import MESH_AXES, check_mesh, mesh_for_replies, on_mesh
 
 Array = jax.Array
 DTYPES = ("float32", "bfloat16", "float16")
@@ -133,9 +132,9 @@ class Model:
         replies = dict(pair for part in job.batches for pair in zip(part, job.draw(part), strict=True))
         return [replies[place] for place in range(len(asked))]
 
-    def on_mesh(self) -> contextlib.AbstractContextManager[Any]:
+    def on_mesh(self) -> AbstractContextManager[Any]:
         """A context in which computations are spread as the weights are."""
-        return contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)
+        return on_mesh(self.mesh)
 
 
 def load_model(
@@ -150,7 +149,7 @@ def load_model(
 
     Args:
       mesh: spread the weights over it: sizes of its axes, as in {"fsdp": 8}, or a Mesh with the axes data,
-        fsdp, expert and tensor; None: all on the first device.
+        fsdp, expert and tensor; None, or a product of 1: all on the first device.
       dtype: of the computation, "float32", "bfloat16" or "float16"; None: the dtype of the stored weights.
         Weights stay as they are stored, 4-bit experts too; "float32" decodes those exactly.
       chat: another chat format than the one that the model was trained with.
@@ -182,7 +181,7 @@ def open_model(
             f"jaxtax convert from-hf {directory} MODEL makes one of it"
         )
     described = read_description(directory)
-    mesh = None if mesh is None else _as_mesh(mesh, described.cfg)
+    mesh = None if mesh is None else _as_mesh(mesh, described)
     if chat is not None:
         check_name(chat)
     return Model(directory, described.cfg, name or described.dtype, mesh, chat or described.chat, verify)
@@ -224,16 +223,18 @@ def _dtype_name(dtype: Any) -> str:
     return name
 
 
-def _as_mesh(mesh: Mesh | Mapping[str, int], config: ModelConfig) -> Mesh:
+def _as_mesh(mesh: Mesh | Mapping[str, int], described: Description) -> Mesh | None:
     sizes = mesh.shape if isinstance(mesh, Mesh) else mesh
     known = set(MESH_AXES)
     if set(sizes) - known or (isinstance(mesh, Mesh) and set(sizes) != known):
         raise ValueError(
             f"mesh: found the axes {', '.join(map(str, sizes))}; expected {', '.join(MESH_AXES)}"
         )
-    rows = int(np.prod([sizes.get(axis, 1) for axis in AXIS_TO_MESH["batch"]]))
-    check_mesh(config, sizes, rows)  # any number of rows will do
-    return mesh if isinstance(mesh, Mesh) else make_mesh(mesh)
+    four_bit = described.experts == "mxfp4"
+    if isinstance(mesh, Mesh):
+        check_mesh(described.cfg, sizes, None, four_bit_experts=four_bit)
+        return mesh
+    return mesh_for_replies(described.cfg, sizes, four_bit_experts=four_bit)
 
 
 def _checked(**settings: Any) -> Ask:

@@ -76,7 +76,7 @@ def _draw_missing(
     progress: Progress,
 ) -> None:
     """Adds the replies that are not among `rows` to them and to the file `out`."""
-    model = open_model(model_dir, dtype=how.compute, chat=how.chat)
+    model = open_model(model_dir, how.mesh.model_dump(), how.compute, chat=how.chat)
     prepared = questions(
         [one.prompt for one in asked],
         seed=how.seed,
@@ -163,8 +163,8 @@ def settings_path(out: Path) -> Path:
 
 
 def _settings(model_dir: Path, how: Ask) -> dict[str, Any]:
-    # A batch size changes the time that replies take.
-    settings = how.model_dump(mode="json", exclude={"batch"})
+    # These change the time that replies take.
+    settings = how.model_dump(mode="json", exclude={"batch", "mesh"})
     return {"model": str(model_dir), "digest": recorded_digest(model_dir), "settings": settings}
 
 

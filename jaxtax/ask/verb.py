@@ -19,6 +19,7 @@ def run(
     file: Path | None,
     out: Path | None,
     as_json: bool,
+    mesh: Sequence[str] = (),
     open_progress: Callable[[], Progress],
 ) -> Path | None:
     """Replies to prompts, chats, or answers a file, into the path that is returned.
@@ -26,6 +27,7 @@ def run(
     Args:
       words: prompts and settings as key=value.
       flags: settings by key; None: not given.
+      mesh: sizes of its axes, as in ["fsdp=8,tensor=2"].
       open_progress: makes what shows how far a file is.
 
     Raises:
@@ -33,7 +35,7 @@ def run(
     """
     overrides = [word for word in words if re.fullmatch(r"[a-z_.]+=\S*", word)]
     prompts = [word for word in words if word not in overrides]
-    overrides += [f"{key}={value}" for key, value in flags.items() if value is not None]
+    overrides += [f"{key}={value}" for key, value in flags.items() if value is not None] + mesh_settings(mesh)
     how = from_overrides(overrides, Ask)
     if not any(model.glob("*.safetensors")):  # a foreign checkpoint gets a better answer when it is loaded
         read_origin(model, "model")
@@ -57,12 +59,27 @@ def run(
     from jaxtax.api import open_model
     from jaxtax.ask.print import ask
 
-    ask(open_model(model, dtype=how.compute, chat=how.chat), prompts, how, as_json=as_json)
+    ask(open_model(model, how.mesh.model_dump(), how.compute, chat=how.chat), prompts, how, as_json=as_json)
     return None
+
+
+def mesh_settings(sizes: Sequence[str]) -> list[str]:
+    """Settings key=value for the mesh that was given as in ["fsdp=8,tensor=2"].
+
+    Raises:
+      ConfigError: naming all that are no axis=size.
+    """
+    given = [size.strip() for several in sizes for size in several.split(",")]
+    bad = [size for size in given if not re.fullmatch(r"[a-z_]+=\S+", size)]
+    if bad:
+        raise ConfigError(
+            [f"--mesh: found {size!r}; expected axis=size, as in fsdp=8,tensor=2" for size in bad]
+        )
+    return [f"mesh.{size}" for size in given]
 
 
 def _chat(model: Path, how: Ask) -> None:
     from jaxtax.api import load_model
     from jaxtax.ask.chat import chat
 
-    chat(load_model(model, dtype=how.compute, chat=how.chat), how)
+    chat(load_model(model, how.mesh.model_dump(), how.compute, chat=how.chat), how)

@@ -5,14 +5,12 @@ digest of its content, and whoever loads it compares. What is stored is a flat t
 their path: a reader needs neither flax nor jaxtax.
 
 A tree is written by Orbax as a whole (`save_arrays`), or prepared by it and filled piece by piece
-(`prepare_arrays`, stream.py) when it is larger than memory. `load_arrays` and `ocp.load` read both.
+(`prepare_arrays`, stream.py) when it is larger than memory. `load_placed` and `ocp.load` read both.
 """
 
 import contextlib
-import gc
 import logging
 import shutil
-import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -22,15 +20,16 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, SingleDeviceSharding
 from orbax.checkpoint import v1 as ocp
+from orbax.checkpoint._src.multihost import multihost as old_multihost
+from orbax.checkpoint.experimental.v1._src.synchronization import multihost
 
 from jaxtax import artifact
 from jaxtax.artifact import PIECE, DamagedError
 from jaxtax.checkpoint.placing import place_arrays
 from jaxtax.checkpoint.stream import Shaped, StoredArray, lay_out
 from jaxtax.checkpoint.together import everyone, together
+from jaxtax.hosts.limits import limits
 from jaxtax.sharding import shardings
-
-SLOWEST = 3600.0  # seconds for the slowest process to write its part
 
 
 def named_arrays(tree: Any) -> dict[str, Any]:
@@ -50,10 +49,19 @@ def named_arrays(tree: Any) -> dict[str, Any]:
 
 def save_arrays(place: Path, arrays: Mapping[str, Any]) -> None:
     """Writes named arrays of any sharding to the directory `place`, which must not exist."""
-    context = ocp.Context()
+    context = _context()
     context.array.saving.storage_options.chunk_byte_size = PIECE  # so that parts can be read alone
     with context:
         ocp.save(str(place.absolute()), dict(arrays))
+
+
+def _context() -> ocp.Context:
+    """Orbax's options, with this run's patience: by itself it waits five minutes for the slowest process."""
+    context, seconds = ocp.Context(), limits().save
+    context.asynchronous.timeout_secs = seconds
+    # There is no option for these two; a test holds that this is how to set them.
+    multihost._DEFAULT_BARRIER_TIMEOUT = old_multihost._DEFAULT_BARRIER_TIMEOUT = seconds
+    return context
 
 
 def prepare_arrays(place: Path, specs: Mapping[str, Shaped], *, first: bool = True) -> None:
@@ -65,7 +73,7 @@ def prepare_arrays(place: Path, specs: Mapping[str, Shaped], *, first: bool = Tr
     fresh = place.with_name(f".{place.name}.tmp")
     if first:
         shutil.rmtree(fresh, ignore_errors=True)
-    context = ocp.Context()
+    context = _context()
     context.array.saving.use_ocdbt = False
     with context, _only_errors():
         one = {name: np.zeros((1,) * len(spec.shape), spec.dtype) for name, spec in specs.items()}
@@ -106,11 +114,18 @@ def open_arrays(place: Path) -> dict[str, StoredArray]:
 def load_placed(
     place: Path, abstract: Any, mesh: Mesh | None, what: str, *, dtype: Any = None, hashed: bool = True
 ) -> tuple[Any, dict[str, str]]:
-    """The arrays at `place` in the form of `abstract`, and the digest of each; see placing.place_arrays."""
+    """The arrays at `place` in the form of `abstract`, and the digest of each; see placing.place_arrays.
+
+    Raises:
+      DamagedError: in all processes, if one cannot read its part. Nobody waits in Orbax for one that failed.
+    """
+    tree, fault = place, None
     try:
         tree = tree_inside(place)
     except DamagedError as error:
-        raise DamagedError(f"{what} cannot be read: {error}") from error
+        fault = str(error)
+    if faults := [text for text in everyone(f"finding {what}", fault) if text is not None]:
+        raise DamagedError(f"{what} cannot be read: {faults[0]}")
     names = _wanted(abstract, mesh)
     found, digests = place_arrays(tree, names, what, dtype=dtype, hashed=hashed)
     return jax.tree.unflatten(jax.tree.structure(abstract), [found[name] for name in names]), digests
@@ -127,24 +142,6 @@ def _wanted(abstract: Any, mesh: Mesh | None) -> dict[str, jax.ShapeDtypeStruct]
         lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where), abstract, layout
     )
     return named_arrays(wanted)
-
-
-def load_arrays(place: Path, abstract: Any, mesh: Mesh | None, name: str) -> Any:
-    """The arrays at `place` in the form of `abstract`; DamagedError on `name` if they cannot be read."""
-    names = _wanted(abstract, mesh)
-    try:
-        with _only_errors():
-            found = ocp.load(str(place.absolute()), names)
-    except (MemoryError, jax.errors.JaxRuntimeError):
-        raise  # a machine too small says nothing about the files
-    except Exception as error:  # Orbax and tensorstore raise whatever the broken part happens to raise
-        found, fault = None, (artifact.in_words(error).splitlines() or [type(error).__name__])[0][:200]
-    if found is None:
-        with warnings.catch_warnings():  # Orbax leaves coroutines behind, which warn when they are collected
-            warnings.simplefilter("ignore", RuntimeWarning)
-            gc.collect()
-        raise DamagedError(f"{name} cannot be read: {fault}")
-    return jax.tree.unflatten(jax.tree.structure(abstract), [found[name] for name in names])
 
 
 def describe(arrays: Mapping[str, Any]) -> dict[str, str]:
@@ -179,12 +176,12 @@ def beside(directory: Path) -> Iterator[Path]:
             shutil.rmtree(fresh, ignore_errors=True)
             fresh.mkdir(parents=True)
 
-    together(f"making {fresh}", begin, seconds=SLOWEST)
+    together(f"making {fresh}", begin)
     try:
         yield fresh
-        everyone(f"writing {directory}", None, seconds=SLOWEST)
+        everyone(f"writing {directory}", None)
     except BaseException:
         if first:
             shutil.rmtree(fresh, ignore_errors=True)
         raise
-    together(f"naming {directory}", lambda: fresh.rename(directory) if first else None, seconds=SLOWEST)
+    together(f"naming {directory}", lambda: fresh.rename(directory) if first else None)

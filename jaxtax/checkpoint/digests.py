@@ -15,7 +15,6 @@ from jaxtax.ops.digest import block_lanes, block_start, device_lanes, digest_hex
 
 _SMALL = 1 << 20  # elements
 _AT_ONCE = 16  # arrays whose copies are told to the others in one message
-_WAIT = 600.0  # seconds for the others to digest their parts
 
 
 def digest_arrays(arrays: Mapping[str, Any], name: str) -> dict[str, str]:
@@ -36,7 +35,7 @@ def begin_digests(arrays: Mapping[str, Any], name: str) -> Callable[[], dict[str
 
     def finish() -> dict[str, str]:
         mine = [_sum(list(blocks.values())) for blocks in started.values()]
-        shared = everyone(name, mine, seconds=_WAIT)
+        shared = everyone(name, mine)
         return {path: digest_hex(_sum([one[at] for one in shared])) for at, path in enumerate(arrays)}
 
     return finish
@@ -55,7 +54,7 @@ def digest_copies(arrays: Mapping[str, jax.Array], name: str) -> dict[str, dict[
             for at, path in enumerate(some)
             for (part, device), lanes in started[path].items()
         ]
-        for at, part, device, digest in itertools.chain(*everyone(name, mine, seconds=_WAIT)):
+        for at, part, device, digest in itertools.chain(*everyone(name, mine)):
             copies[some[at]].setdefault(part, {})[device] = digest
     return copies
 

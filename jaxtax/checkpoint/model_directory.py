@@ -25,8 +25,9 @@ from jax.sharding import Mesh
 from jaxtax import artifact
 from jaxtax.artifact import ORIGIN, DamagedError
 from jaxtax.chat.tokenizer import TOKENIZER_FILES
-from jaxtax.checkpoint.arrays import SLOWEST, beside, load_placed, named_arrays, save_arrays, tree_inside
+from jaxtax.checkpoint.arrays import beside, load_placed, named_arrays, save_arrays, tree_inside
 from jaxtax.checkpoint.placing import digest_stored
+from jaxtax.checkpoint.room import check_room
 from jaxtax.checkpoint.together import together
 from jaxtax.model.config import ModelConfig, Moe, Rope, count_parameters
 from jaxtax.model.four_bit import experts_form
@@ -83,19 +84,27 @@ def save_model(
 
     Raises:
       ValueError: `directory` exists, or the weights are of several floating-point dtypes.
+      FailedError: in all processes, if one could not write its part; nothing of it stays.
     """
     if directory.exists():
         raise ValueError(f"{directory} exists already; a model is never written over, remove it first")
     arrays = named_arrays(model)
     dtype = _floating_dtype(arrays)
     described = Description(model.cfg, dtype, experts_form(model), chat, system)
+    first = jax.process_index() == 0
+    room = functools.partial(check_room, directory, arrays)
+    together(f"room for {directory}", lambda: room() if first else None)
     with beside(directory) as fresh:
         params = fresh / "params"
-        together(f"writing {params}", lambda: save_arrays(params, arrays), seconds=SLOWEST)
+        together(f"writing {params}", lambda: save_arrays(params, arrays))
         digests = _digests(params, arrays)
-        if jax.process_index() == 0:
-            describe(fresh, described, tokenizer_dir)
-            seal(fresh, described, digests, origin)
+
+        def finish() -> None:
+            if first:
+                describe(fresh, described, tokenizer_dir)
+                seal(fresh, described, digests, origin)
+
+        together(f"writing what belongs to {params}", finish)
 
 
 def _digests(params: Path, arrays: Mapping[str, Any]) -> dict[str, str]:

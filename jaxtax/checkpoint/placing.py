@@ -26,7 +26,6 @@ Index = tuple[slice, ...]
 
 _THREADS = 4  # each holds a piece
 _ALIGNMENT = 64  # bytes
-_WAIT = 3600.0  # seconds for the slowest process to read its part
 
 
 def place_arrays(
@@ -98,7 +97,7 @@ def _turn(number: int) -> bool:
 
 def _shared(fault: str | None, found: Any, what: str) -> list[Any]:
     """What every process found; DamagedError in all of them if there was a fault in one."""
-    everything = everyone(f"reading {what}", [fault, found], seconds=_WAIT)
+    everything = everyone(f"reading {what}", [fault, found])
     if faults := [text for text, _ in everything if text is not None]:
         raise DamagedError(f"{what} cannot be read: {faults[0]}")
     return [one for _, one in everything]
@@ -136,8 +135,13 @@ class _Reading:
         return jax.make_array_from_single_device_arrays(self._spec.shape, self._spec.sharding, parts)
 
     def _mine(self) -> Iterator[tuple[int, Index]]:
-        """Numbers and places of the pieces that this process reads."""
-        for number, index in enumerate(artifact.pieces(self._spec.shape, self._spec.dtype.itemsize)):
+        """Numbers and places of the pieces that this process reads.
+
+        Where nothing is hashed they are the stored chunks: of a state that was spread over devices, a piece
+        of the whole array lies in many of them, and each would be read and unpacked for many pieces.
+        """
+        pieces = artifact.pieces(self._spec.shape, self._spec.dtype.itemsize)
+        for number, index in enumerate(pieces if self._hashed else self._stored.chunks()):
             if (self._hashed and _turn(number)) or any(
                 _overlap(index, shard) is not None for shard, _ in self._shards.values()
             ):

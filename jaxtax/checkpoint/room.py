@@ -11,13 +11,18 @@ from jaxtax.checkpoint.together import FailedError
 _MARGIN = 1.2  # of the arrays themselves: the directory around them, and others who write
 
 
+def with_margin(size: int) -> int:
+    """Bytes that have to be free on a disk before `size` bytes of arrays are written to it."""
+    return int(_MARGIN * size)
+
+
 def check_room(directory: Path, arrays: Mapping[str, Any]) -> None:
     """Checks that `arrays` fit on the disk of `directory`, which need not exist yet.
 
     Raises:
       FailedError: they do not; says how much there is and how much is needed.
     """
-    needed = int(_MARGIN * sum(array.size * array.dtype.itemsize for array in arrays.values()))
+    needed = with_margin(sum(array.size * array.dtype.itemsize for array in arrays.values()))
     place = directory.absolute()
     while not place.exists():
         place = place.parent

@@ -10,13 +10,13 @@ again when they were read, and a state whose digests differ is never used.
 """
 
 import contextlib
-import hashlib
 import itertools
-import json
 import logging
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+import time
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +24,15 @@ from jax.sharding import Mesh
 
 from jaxtax import artifact
 from jaxtax.artifact import DamagedError
-from jaxtax.checkpoint.arrays import describe, load_arrays, named_arrays, save_arrays
+from jaxtax.checkpoint.arrays import describe, load_placed, named_arrays, save_arrays
 from jaxtax.checkpoint.digests import begin_digests, digest_arrays
 from jaxtax.checkpoint.room import check_room
+from jaxtax.checkpoint.state_record import read_record, write_record
 from jaxtax.checkpoint.together import everyone, together
 from jaxtax.hosts.process import is_first_process
 
-_FORM = 2  # of state.json
-_SECONDS = 3600.0  # for the slowest process to write or read its part
+_log = logging.getLogger(__name__)
+_PAUSE = 5.0  # seconds before a state that seems damaged is read again
 
 
 class Run:
@@ -53,7 +54,7 @@ class Run:
         self.set_aside: list[tuple[int, str]] = []
         if any(self._states.glob(".*.tmp")) and is_first_process():
             for left in self._states.glob(".*.tmp"):
-                shutil.rmtree(left)
+                _remove(left)
 
     def steps(self) -> list[int]:
         """Steps of which there is a state, oldest first."""
@@ -66,16 +67,9 @@ class Run:
         """Whether there is, or was, a state to go on from; those set aside as damaged count."""
         return bool(self.steps()) or any(self._states.glob("*.damaged*"))
 
-    def check_room(self, state: Any) -> None:
-        """Checks that the disk has room for one state.
-
-        Raises:
-          FailedError: it has not.
-        """
-        arrays = named_arrays(state)
-        self._first_does(f"room in {self._states}", lambda: check_room(self._states, arrays))
-
-    def save(self, step: int, state: Any, more: Mapping[str, Any] | None = None) -> None:
+    def save(
+        self, step: int, state: Any, more: Mapping[str, Any] | None = None, *, needed: Sequence[int] = ()
+    ) -> None:
         """Saves `state` (any tree of arrays) as that of `step`, then removes states that are too many.
 
         A process that is killed at any moment leaves either this state or only the earlier ones, and a save
@@ -83,6 +77,7 @@ class Run:
 
         Args:
           more: JSON that belongs to the state; `more_of` gives it back.
+          needed: steps to which the run may have to go back: the newest state not after each of them stays.
 
         Raises:
           FailedError: in all processes, if it failed in one.
@@ -93,19 +88,12 @@ class Run:
         name = f"saving the state of step {step}"
 
         def begin() -> None:
-            shutil.rmtree(fresh, ignore_errors=True)
+            _remove(fresh)
             check_room(self._states, arrays)
             fresh.mkdir(parents=True)
 
         def finish() -> None:
-            record = {
-                "form": _FORM,
-                "step": step,
-                "arrays": described,
-                "digests": digests,
-                "more": more or {},
-            }
-            artifact.write_json(fresh / "state.json", record | {"seal": _seal(record)})
+            write_record(fresh, step, arrays=described, digests=digests, more=more or {})
             fresh.rename(place)
             _sync(self._states)
 
@@ -114,16 +102,15 @@ class Run:
             described = describe(arrays)
             finish_digests = begin_digests(arrays, f"{name}: digests")  # while the arrays are written
             with _quiet_orbax():
-                together(f"{name}: arrays", lambda: save_arrays(fresh / "arrays", arrays), seconds=_SECONDS)
+                together(f"{name}: arrays", lambda: save_arrays(fresh / "arrays", arrays))
             digests = finish_digests()
             self._first_does(f"{name}: its record", finish)
         except BaseException:
             if is_first_process():
-                shutil.rmtree(fresh, ignore_errors=True)
+                _remove(fresh)
             raise
-        if is_first_process():
-            for old in self.steps()[: -self._keep]:
-                shutil.rmtree(self._states / str(old))
+        # Nobody goes on, or ends, while the first process still removes.
+        self._first_does(f"{name}: removing older ones", lambda: self._prune(needed))
 
     def more_of(self, step: int) -> dict[str, Any]:
         """What `save` was given as `more`.
@@ -131,57 +118,91 @@ class Run:
         Raises:
           DamagedError: it cannot be read, or is not what was saved.
         """
-        return _record(self._states / str(step))["more"]
+        return read_record(self._states / str(step))["more"]
 
     def restore(
-        self, abstract: Any, mesh: Mesh | None = None, *, say: Callable[[str], None] | None = None
+        self,
+        abstract: Any,
+        mesh: Mesh | None = None,
+        *,
+        upto: int | None = None,
+        say: Callable[[str], None] | None = None,
     ) -> tuple[int, Any]:
         """The newest state that is intact, with its step.
 
-        A damaged state is set aside as STEP.damaged (or STEP.damaged-2, ...), and the one before it is tried.
+        One that two readings, a moment apart, find damaged is set aside as STEP.damaged (or STEP.damaged-2),
+        and the one before it is tried: a network disk may fail once, or be late to show what is there.
 
         Args:
           abstract: a tree of shapes as jax.eval_shape gives it; the state comes back in this form.
           mesh: as in `load_model`.
+          upto: the newest that is not after this step; None: the newest of all.
           say: is told about damaged states; None: the log.
 
         Raises:
           ValueError: the states belong to something else than `abstract`.
           DamagedError: none of them is intact.
         """
-        say = say or logging.getLogger(__name__).warning
+        say = say or _log.warning
         # The first process decides: the others may see the directory a moment later.
-        for step in reversed(everyone("saved states", self.steps(), seconds=_SECONDS)[0]):
+        for step in reversed(everyone("saved states", self.steps())[0]):
+            if upto is not None and step > upto:
+                continue
             place = self._states / str(step)
-            state = fault = None
-            try:
-                state = _restore(place, abstract, mesh)
-            except DamagedError as error:
-                fault = str(error)
-            faults = everyone(f"restoring the state of step {step}", fault, seconds=_SECONDS)
-            if not any(faults):
+            state, fault = _read(place, abstract, mesh)
+            if fault is not None:
+                _log.warning("%s; reading it once more", fault)
+                time.sleep(_PAUSE)
+                state, fault = _read(place, abstract, mesh)
+            if fault is None:
                 return step, state
-            fault = next(filter(None, faults))
             name = f"setting the state of step {step} aside"
             free = str(_free_name(place.with_name(f"{step}.damaged")))
-            aside = Path(everyone(name, free, seconds=_SECONDS)[0])
+            aside = Path(everyone(name, free)[0])
             self._first_does(name, lambda p=place, a=aside: p.rename(a))
             self.set_aside.append((step, fault))
             say(f"{fault}; set aside as {aside}")
         raise DamagedError(f"no state below {self._states} is intact; remove that directory to start anew")
+
+    def forget_after(self, step: int) -> None:
+        """Removes the states of later steps: the run goes back, and comes by them again."""
+        later = [self._states / str(one) for one in self.steps() if one > step]
+        self._first_does(f"removing the states after step {step}", lambda: [_remove(one) for one in later])
 
     def clear(self) -> None:
         """Removes all states: for a run that has its model."""
         if is_first_process():
             shutil.rmtree(self._states, ignore_errors=True)
 
+    def _prune(self, needed: Sequence[int]) -> None:
+        steps = self.steps()
+        kept = {max((one for one in steps if one <= step), default=None) for step in needed}
+        for old in steps[: -self._keep]:
+            if old not in kept:
+                _remove(self._states / str(old))
+
     def _first_does(self, name: str, action: Callable[[], Any]) -> None:
-        together(name, lambda: action() if is_first_process() else None, seconds=_SECONDS)
+        together(name, lambda: action() if is_first_process() else None)
+
+
+def _read(place: Path, abstract: Any, mesh: Mesh | None) -> tuple[Any, str | None]:
+    """The state at `place`, or in all processes what is wrong with it."""
+    try:
+        return _restore(place, abstract, mesh), None
+    except DamagedError as error:
+        fault = str(error)  # each process's own words; all go by the same, because they are told to the user
+    return None, everyone(f"restoring the state of step {place.name}", fault)[0]
 
 
 def _restore(place: Path, abstract: Any, mesh: Mesh | None) -> Any:
+    """All processes come to the same waits, and raise the same: what one of them finds, all are told there.
+
+    Raises:
+      ValueError: the state belongs to something else than `abstract`.
+      DamagedError: it is damaged.
+    """
     name = f"the state of step {place.name}"
-    record = _record(place)
+    record = read_record(place)
     described = record["arrays"]
     wanted = describe(named_arrays(abstract))
     differing = [name for name in sorted(wanted | described) if wanted.get(name) != described.get(name)]
@@ -192,41 +213,13 @@ def _restore(place: Path, abstract: Any, mesh: Mesh | None) -> Any:
             f"trains, such as {array}: {described.get(array, 'absent')} there, "
             f"{wanted.get(array, 'absent')} here; choose another out=DIR, or remove this one"
         )
-    state = load_arrays(place / "arrays", abstract, mesh, name)
+    state, _ = load_placed(place / "arrays", abstract, mesh, name, hashed=False)
     found = digest_arrays(named_arrays(state), f"digests of {name}")
     if damaged := [array for array in found if found[array] != record["digests"].get(array)]:
         more = f" and {len(damaged) - 3} more" if len(damaged) > 3 else ""
         what = f"{', '.join(damaged[:3])}{more} in {place / 'arrays'}"
         raise DamagedError(f"{name} is damaged: its digests differ from those of what was saved: {what}")
     return state
-
-
-def _record(place: Path) -> dict[str, Any]:
-    """What state.json says, after a check of its seal.
-
-    Raises:
-      ValueError: it was written by another version of jaxtax.
-      DamagedError: it cannot be read, or is not what was written.
-    """
-    name = f"the state of step {place.name}"
-    try:
-        record = artifact.read_json(place / "state.json")
-        form, seal = record.get("form"), record.pop("seal", None)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DamagedError(f"{name} cannot be read: {artifact.in_words(error)}") from error
-    if form is None and seal is None and {"step", "digest", "arrays"} <= record.keys():
-        raise ValueError(
-            f"{place} was saved by an older jaxtax, whose states this one cannot go on from; finish the run "
-            "with the version that began it (origin.json of its model tells), or give another out=DIR"
-        )
-    if form != _FORM or seal != _seal(record) or str(record["step"]) != place.name:
-        raise DamagedError(f"{name} is damaged: its digest is not that of {place / 'state.json'}")
-    return record
-
-
-def _seal(record: Mapping[str, Any]) -> str:
-    text = json.dumps(record, sort_keys=True, ensure_ascii=True, allow_nan=False)
-    return hashlib.sha256(text.encode()).hexdigest()
 
 
 @contextlib.contextmanager
@@ -239,6 +232,21 @@ def _quiet_orbax() -> Iterator[None]:
         yield
     finally:
         log.setLevel(level)
+
+
+def _remove(place: Path) -> None:
+    """Removes a directory as far as it can: one that cannot go is in the way of nothing.
+
+    It is renamed first, so that what is half removed is no state; network disks keep files that are open
+    elsewhere under other names (.nfs...), and a directory that holds one does not go.
+    """
+    aside = place.with_name(f".{place.name.strip('.')}.{uuid.uuid4().hex[:8]}.tmp")
+    try:
+        if place.exists():
+            place.rename(aside)
+            shutil.rmtree(aside)
+    except OSError as error:
+        _log.warning("%s could not be removed (%s); it can go by hand", aside, artifact.in_words(error))
 
 
 def _sync(directory: Path) -> None:

@@ -14,7 +14,7 @@ import math
 import os
 import shutil
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -154,6 +154,14 @@ class StoredArray:
         raw = self._store.spec().to_json().get("metadata", {}).get("codecs") == _RAW
         self._raw = tree / name / "c" if raw and len(self.shape) else None
         self._steps = tuple(int(step or 0) for step in self._store.chunk_layout.read_chunk.shape or ())
+
+    def chunks(self) -> Iterator[tuple[slice, ...]]:
+        """The parts in which it is stored, in C order: to read one alone reads nothing else."""
+        steps = [step or size or 1 for step, size in zip(self._steps, self.shape, strict=True)]
+        starts = [range(0, size, step) for size, step in zip(self.shape, steps, strict=True)]
+        for place in itertools.product(*starts):
+            ends = zip(place, steps, self.shape, strict=True)
+            yield tuple(slice(start, min(start + step, size)) for start, step, size in ends)
 
     def __getitem__(self, index: Any) -> np.ndarray:
         """A part of it; a view of the mapped file where one piece written by this module holds it.

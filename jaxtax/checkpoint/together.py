@@ -3,35 +3,34 @@
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from jaxtax.artifact import in_words
-from jaxtax.hosts.wait import share
+from jaxtax.artifact import FailedError, in_words
+from jaxtax.hosts.leave import is_lost
+from jaxtax.hosts.limits import limits
+from jaxtax.hosts.wait import PeerMissing, share
 
 T = TypeVar("T")
 
 _AFTER_A_FAULT = 60.0  # seconds
 
 
-class FailedError(OSError):
-    """Something could not be written or read, here or in another process."""
-
-
-def everyone(name: str, mine: Any, *, seconds: float) -> list[Any]:
+def everyone(name: str, mine: Any, *, seconds: float | None = None) -> list[Any]:
     """What each process has, in their order; JSON. Of one process, no waiting.
 
     Args:
       name: of the wait, the same in all; it appears in the fault when someone does not come.
-      seconds: how long to wait for the others.
+      seconds: how long to wait for the others; None: as long as the slowest may take to write or read.
     """
-    return share(name, mine, seconds=seconds)
+    return share(name, mine, seconds=limits().save if seconds is None else seconds)
 
 
-def together(name: str, action: Callable[[], T], *, seconds: float) -> T:
+def together(name: str, action: Callable[[], T]) -> T:
     """What `action` gives, once it has ended well in all processes.
 
     Raises:
       FailedError: it failed somewhere; all processes raise it, each of them with what failed where.
-      PeerMissing: it failed here, and the others do not come out of it within a minute, because inside of it
+      RuntimeError: it failed here, and the others do not come out of it within a minute, because inside of it
         they wait for this process. The run has to end.
+      PeerMissing: another process did not come.
     """
     result, fault = None, None
     try:
@@ -39,7 +38,13 @@ def together(name: str, action: Callable[[], T], *, seconds: float) -> T:
     except (OSError, ValueError, RuntimeError) as error:  # what Orbax and tensorstore make of a bad disk
         fault = error
     mine = None if fault is None else _first_line(fault)
-    faults = everyone(name, mine, seconds=seconds if mine is None else min(seconds, _AFTER_A_FAULT))
+    try:
+        faults = everyone(name, mine, seconds=None if mine is None else min(limits().save, _AFTER_A_FAULT))
+    except PeerMissing:
+        if fault is None or is_lost(fault):
+            raise
+        # The others are well, and starting all again would only bring this one to the same fault.
+        raise RuntimeError(f"{name}: {mine}; the others wait for this process inside of it") from fault
     found = {number: text for number, text in enumerate(faults) if text is not None}
     if found:
         where = [text if len(faults) == 1 else f"process {number}: {text}" for number, text in found.items()]

@@ -1,6 +1,6 @@
 """One batch of replies: `start` reads the prompts and chooses the first token, `advance` adds more."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import jax
@@ -8,8 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxtax.decoding.sampling import Decoding, choose_tokens
-from jaxtax.model.cache import KvCache
+from jaxtax.model.cache import KvCache, LayerCache
 from jaxtax.model.transformer import Transformer
+from jaxtax.sharding import constrain
 
 Array = jax.Array
 
@@ -113,7 +114,7 @@ def _take(model: Transformer, hidden_BTD: Array, cache: KvCache, state: State, d
     logits_BV = model.logits(hidden_BTD[:, -1:])[:, 0, : decoding.vocab_limit]
     next_B = jnp.where(state.done_B, 0, choose_tokens(logits_BV, keys_B, state.step, decoding))
     stops_B = jnp.isin(next_B, jnp.asarray(decoding.stop_ids, jnp.int32))
-    return State(
+    after = State(
         step=state.step + 1,
         prompt_length_B=state.prompt_length_B,
         seeds_B=state.seeds_B,
@@ -123,3 +124,27 @@ def _take(model: Transformer, hidden_BTD: Array, cache: KvCache, state: State, d
         out_BC=jax.lax.dynamic_update_slice_in_dim(state.out_BC, next_B[:, None], state.step, axis=1),
         cache=cache,
     )
+    return _spread(after)
+
+
+def _spread(state: State) -> State:
+    """The state on the mesh in force: the cache is split by rows and heads, all else is on every device.
+
+    Said, because a state goes from one program into the next, and into the host, of which each sees only what
+    its own devices have.
+    """
+
+    def whole(x: Array) -> Array:
+        return constrain(x, *[None] * x.ndim)
+
+    def split(known: LayerCache) -> LayerCache:
+        return LayerCache(
+            constrain(known.k_BSKH, "batch", None, "kv_heads", None),
+            constrain(known.v_BSKH, "batch", None, "kv_heads", None),
+            constrain(known.positions_BS, "batch", None),
+            constrain(known.segments_BS, "batch", None),
+            whole(known.written),
+        )
+
+    cache = tuple(map(split, state.cache))
+    return replace(jax.tree.map(whole, replace(state, cache=())), cache=cache)

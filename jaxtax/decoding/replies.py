@@ -13,6 +13,7 @@ from jaxtax.decoding.loop import advance, generate_batch, start
 from jaxtax.decoding.prompts import check_prompts, pad_left
 from jaxtax.decoding.sampling import Decoding
 from jaxtax.model.transformer import Transformer
+from jaxtax.sharding import filled_rows
 
 # A stream tells of new tokens about this often, in seconds: what eyes take for writing.
 TELL_EVERY = 0.1
@@ -45,7 +46,8 @@ def generate(
     Args:
       prompts: token ids, each up to where the reply begins.
       seeds: one uint32 per prompt, all that sampling depends on; needed unless `temperature` is 0.
-      batch: rows computed at a time, the last batch filled up; None: all at once.
+      batch: prompts computed at a time, the last batch filled up; None: all at once. A mesh in force, over
+        which the model is spread, fills each up further.
       prompt_length: as if there were a prompt of this length in each batch; one length for many calls means
         one compilation.
       stop_ids, vocab_limit, max_new_tokens, temperature, top_p, dtype: as in Decoding.
@@ -58,10 +60,11 @@ def generate(
     )
     seeds = _checked_seeds(model, prompts, seeds, decoding)
     rows = batch or max(len(prompts), 1)
+    filled = filled_rows(rows)
     replies: list[Generated] = []
     for first in range(0, len(prompts), rows):
         part = slice(first, first + rows)
-        inputs = _rows(prompts[part], seeds[part], rows, prompt_length)
+        inputs = _rows(prompts[part], seeds[part], filled, prompt_length)
         told = jax.device_get(generate_batch(model, *inputs, decoding=decoding))
         replies += _found(len(prompts[part]), *told)
     return replies
@@ -94,7 +97,7 @@ def stream(
     seeds = _checked_seeds(model, prompts, seeds, decoding)
     if not prompts:
         return
-    state = start(model, *_rows(prompts, seeds, rows, prompt_length), decoding=decoding)
+    state = start(model, *_rows(prompts, seeds, filled_rows(rows), prompt_length), decoding=decoding)
     pace = _Pace()
     while True:
         step, *told = jax.device_get((state.step, state.out_BC, state.count_B, state.done_B))

@@ -23,7 +23,7 @@ def check_alike(machines: Sequence[Machine], wanted: Wanted) -> Iterator[Finding
             yield Finding(
                 "fail",
                 f"{machine.host} has {', '.join(differing[:4])}, unlike {first.host}",
-                "install the same on all hosts: make install-locked",
+                "install the same on all hosts: make install-locked (with GPUs: EXTRA=cuda)",
             )
         here, there = machine.devices, first.devices
         if (here.platform, here.kind, here.count) != (there.platform, there.kind, there.count):

@@ -152,17 +152,35 @@ def _limit(which: int) -> int | None:
     return None if soft == resource.RLIM_INFINITY else soft
 
 
+def existing(path: Path) -> Path:
+    """`path`, or the first of its parents that exists.
+
+    Raises:
+      OSError: that cannot be found out, such as below a directory that this user may not search.
+    """
+    for part in (path, *path.absolute().parents):
+        try:
+            part.stat()
+        except (FileNotFoundError, NotADirectoryError):
+            continue
+        return part
+    raise FileNotFoundError(2, "No such file or directory", str(path))
+
+
 def look_at(out: Path) -> Place:
     """Writes, dates and removes a file in `out`, or in that of its parents that exists."""
-    there = next(part for part in (out, *out.absolute().parents) if part.exists())
-    probe = there / f".doctor-{uuid.uuid4().hex}"
+    there = out
     try:
-        probe.write_bytes(b"jaxtax")
-        clock = probe.stat().st_mtime - time.time()
-        probe.unlink()
+        there = existing(out)
+        probe = there / f".doctor-{uuid.uuid4().hex}"
+        try:
+            probe.write_bytes(b"jaxtax")
+            clock = probe.stat().st_mtime - time.time()
+        finally:
+            probe.unlink(missing_ok=True)
+        told = os.statvfs(there)
     except OSError as error:
         return Place(str(out), fault=f"{there} cannot be written to ({error.strerror})")
-    told = os.statvfs(there)
     return Place(str(out), free=told.f_bavail * told.f_frsize, clock=clock, filesystem=_filesystem(there))
 
 

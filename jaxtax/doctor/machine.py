@@ -28,7 +28,9 @@ def check_devices(machine: Machine) -> Iterator[Finding]:
             "warn" if asked else "fail",
             f"the machine has {machine.accelerators} accelerators, and JAX sees none"
             + (f" (JAX_PLATFORMS={asked})" if asked else ""),
-            "unset JAX_PLATFORMS" if asked else "pip install 'jaxtax[cuda]' (or '[tpu]')",
+            "unset JAX_PLATFORMS"
+            if asked
+            else "make install-locked EXTRA=cuda (TPU: pip install -e '.[tpu]')",
         )
     elif seen.platform in ("gpu", "tpu") and seen.count < machine.accelerators and machine.processes == 1:
         limit = machine.settings.get("CUDA_VISIBLE_DEVICES")

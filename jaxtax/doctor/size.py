@@ -2,50 +2,120 @@
 
 import functools
 import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jaxtax.artifact import ORIGIN
 from jaxtax.chat.tokenizer import load_tokenizer
+from jaxtax.chat.vocabulary import build_world_tokenizer
 from jaxtax.checkpoint import read_model_config
-from jaxtax.config import TrainConfig
+from jaxtax.checkpoint.room import with_margin
+from jaxtax.config import EvalConfig, Stage, StudyConfig, TrainConfig
+from jaxtax.data import world
 from jaxtax.doctor.finding import Wanted
-from jaxtax.model.config import named_size
+from jaxtax.model.config import ModelConfig, named_size
 from jaxtax.model.transformer import Transformer
 from jaxtax.sharding import MESH_AXES
 from jaxtax.train.optimizer import form
 from jaxtax.train.step import initial_state, split
 
 
-def wanted_by(cfg: TrainConfig) -> Wanted:
-    """Devices of the mesh, and bytes of the states and models that the run has on disk at most.
+@dataclass(frozen=True)
+class _Run:
+    """What one training run still writes.
+
+    Attributes:
+      states, models: how many of them stay while it goes on, without those that are there.
+      state, model: bytes of one.
+    """
+
+    states: int
+    state: int
+    models: int
+    model: int
+
+    @property
+    def while_it_runs(self) -> int:
+        """Bytes that have to be free for its states, and for the one save that is made beside all others."""
+        return self.states * self.state + with_margin(max(self.state, self.model))
+
+
+def wanted_by(cfg: TrainConfig | StudyConfig | EvalConfig) -> Wanted:
+    """Devices of the mesh, and bytes that have to be free: of what is there nothing is written again.
 
     Raises:
       ValueError: no such model size, or the tokenizer cannot be read.
     """
-    if cfg.model.path is not None:
-        model_cfg = read_model_config(cfg.model.path)
-    else:
-        assert cfg.model.size is not None
-        if cfg.model.tokenizer is None:
-            raise ValueError("model.tokenizer: missing; a new model needs a directory with a tokenizer.json")
-        vocab_size = load_tokenizer(cfg.model.tokenizer).vocab_size
-        model_cfg = named_size(cfg.model.size, vocab_size=vocab_size, window=cfg.model.window)
-    dtype = jnp.dtype(cfg.precision.params)
+    meshes = [cfg.mesh, cfg.evaluation.mesh] if isinstance(cfg, StudyConfig) else [cfg.mesh]
+    devices = max(math.prod(getattr(mesh, axis) for axis in MESH_AXES) for mesh in meshes)
+    if isinstance(cfg, EvalConfig):
+        return Wanted(devices)  # what it writes is text
+    runs = [run for run in _runs(cfg) if run is not None]
+    models, size = sum(run.models for run in runs), max((run.model for run in runs), default=0)
+    widest = max(runs, key=lambda run: run.while_it_runs, default=None)
+    disk, parts = 0, "nothing: all is there"
+    if widest is not None:
+        disk = models * size + widest.while_it_runs
+        largest = max(widest.state, widest.model)
+        parts = (
+            f"{widest.states} states of {widest.state / 1e9:,.1f} GB, "
+            f"{models} models of {size / 1e9:,.1f} GB, "
+            f"{with_margin(largest) / 1e9:,.1f} GB to write the next beside them"
+        )
+    return Wanted(devices, disk, parts)
+
+
+def _runs(cfg: TrainConfig | StudyConfig) -> Iterator[_Run | None]:
+    """The training runs of a config; None for one that is finished."""
+    if isinstance(cfg, TrainConfig):
+        yield _run(cfg, _model_of(cfg), cfg.out, keep_epochs=cfg.keep_epochs)
+        return
+    model_cfg = named_size(cfg.size, vocab_size=_vocab_size(cfg), window=cfg.window)
+    for seed in range(cfg.seed, cfg.seed + cfg.seeds):
+        home = cfg.out / f"seed_{seed}"
+        for name, stage in {"base": cfg.base, "reasoning": cfg.reasoning}.items():
+            yield _run(stage, model_cfg, home / name, keep_epochs=stage.keep_epochs)
+        for name, stage in cfg.arms.items():
+            yield _run(stage, model_cfg, home / "arms" / name, keep_epochs=True)
+
+
+def _run(stage: Stage, model_cfg: ModelConfig, out: Path, *, keep_epochs: bool) -> _Run | None:
+    if (out / ORIGIN).exists():
+        return None
+    dtype = jnp.dtype(stage.precision.params)
     model = jax.eval_shape(lambda: Transformer(model_cfg, rngs=nnx.Rngs(0), param_dtype=dtype))
-    _, params, _ = split(model, cfg.freeze)
-    kept = form(cfg.optimizer, cfg.precision)
+    _, params, _ = split(model, stage.freeze)
+    kept = form(stage.optimizer, stage.precision)
     state = _bytes(jax.eval_shape(functools.partial(initial_state, form=kept), params))
-    states = cfg.keep_saves + 1  # a new one is whole before an old one goes
-    models = 1 + (cfg.epochs if cfg.keep_epochs else 0)
-    parts = f"{states} states of {state / 1e9:,.1f} GB, {models} models of {_bytes(model) / 1e9:,.1f} GB"
-    return Wanted(
-        devices=math.prod(getattr(cfg.mesh, axis) for axis in MESH_AXES),
-        disk=states * state + models * _bytes(model),
-        disk_parts=parts,
-    )
+    there = sum(path.name.isdigit() for path in (out / "state").glob("*"))
+    done = sum((path / ORIGIN).exists() for path in (out / "epochs").glob("*"))
+    models = 1 + (stage.epochs - done if keep_epochs else 0) - (out / "model" / ORIGIN).exists()
+    return _Run(max(0, stage.keep_saves - there), state, max(0, models), _bytes(model))
+
+
+def _model_of(cfg: TrainConfig) -> ModelConfig:
+    if cfg.model.path is not None:
+        return read_model_config(cfg.model.path)
+    assert cfg.model.size is not None
+    if cfg.model.tokenizer is None:
+        raise ValueError("model.tokenizer: missing; a new model needs a directory with a tokenizer.json")
+    vocab_size = load_tokenizer(cfg.model.tokenizer).vocab_size
+    return named_size(cfg.model.size, vocab_size=vocab_size, window=cfg.model.window)
+
+
+def _vocab_size(cfg: StudyConfig) -> int:
+    if cfg.tokenizer.kind == "bpe":
+        return cfg.tokenizer.vocab_size
+    if cfg.tokenizer.kind == "world":
+        return build_world_tokenizer(world.words()).vocab_size
+    assert cfg.tokenizer.path is not None
+    return load_tokenizer(cfg.tokenizer.path).vocab_size
 
 
 def _bytes(tree: Any) -> int:

@@ -9,20 +9,24 @@
     origin.json      written last: the evaluation is complete
 
 Killed anywhere, the same call goes on from the last whole batch and ends with the files of an uninterrupted
-run.
+run. Several processes compute each batch together, and the first one writes.
 """
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
+
+from jax.sharding import Mesh
 
 from jaxtax.artifact import ORIGIN, digest_files, read_origin, write_json, write_origin, write_text
 from jaxtax.chat.format import ChatFormat
 from jaxtax.chat.formats import chosen_chat, make_format, recorded_chat
 from jaxtax.chat.tokenizer import load_tokenizer
-from jaxtax.checkpoint import load_model, read_model_config
+from jaxtax.checkpoint import load_model
 from jaxtax.checkpoint.model_directory import read_description
 from jaxtax.config import EvalConfig, SystemMessage
 from jaxtax.config_file import dump
@@ -31,21 +35,33 @@ from jaxtax.decoding.sampling import reply_seed
 from jaxtax.evals.lines import append_lines, keep_lines, read_lines
 from jaxtax.evals.tasks import Problem, load_problems
 from jaxtax.evals.verdicts import read_config, write_summary, write_verdicts
+from jaxtax.faults import all_of
+from jaxtax.hosts.first import first_does
+from jaxtax.hosts.limits import limits
+from jaxtax.hosts.store import connected
+from jaxtax.hosts.watchdog import Watchdog
 from jaxtax.model.transformer import Transformer
 from jaxtax.progress import Progress, quiet
+from jaxtax.sharding import mesh_for_replies, on_mesh
 from jaxtax.train.ownership import owned
 
 Job = tuple[Problem, int]  # a problem and the number of its repeat
+
+# Seconds that the other processes wait: for a batch of replies, what it compiles included, and for verdicts.
+_BATCH = 3600.0
+_JUDGING = 3600.0
 
 
 def evaluate(cfg: EvalConfig, *, model: Transformer | None = None, progress: Progress | None = None) -> Path:
     """Runs whatever part of the evaluation is not there yet; the evaluation directory.
 
+    All processes of a run call this.
+
     Args:
-      model: the model of cfg.model, if it is in memory already.
+      model: the model of cfg.model, if it is in memory already, spread over cfg.mesh.
 
     Raises:
-      ValueError: a task, file, prompt or model that cannot be used, or `cfg.out` holds something else;
+      ValueError: a mesh, task, file, prompt or model that cannot be used, or `cfg.out` holds something else;
         nothing is written then.
     """
     subject = _subject(cfg)
@@ -53,27 +69,58 @@ def evaluate(cfg: EvalConfig, *, model: Transformer | None = None, progress: Pro
     compute = cfg.compute or read_description(cfg.model).dtype
     cfg = cfg.model_copy(update={"chat": chat, "system": system, "compute": compute})
     _check_place(cfg, subject)
-    if (cfg.out / ORIGIN).exists():
+    if first_does("whether all is done", lambda: (cfg.out / ORIGIN).exists(), seconds=limits().init):
         return cfg.out
-    problems = load_problems(cfg.tasks)
     fmt = make_format(chat, load_tokenizer(cfg.model), system)
-    check_prompts(
-        [fmt.prompt(problem.turns) for problem in problems],
-        max_new_tokens=cfg.sampling.max_new_tokens,
-        max_context=read_model_config(cfg.model).max_context,
-        names=[f"{problem.task} {problem.id}" for problem in problems],
-    )
+    problems, mesh = _checked(cfg, fmt)
     with owned(cfg.out, "an evaluation", (progress or quiet("replies")).say):
-        _claim_place(cfg, subject, problems)
+        first_does("beginning the evaluation", lambda: _claim_place(cfg, subject, problems))
         jobs = [(problem, repeat) for problem in problems for repeat in range(cfg.sampling.repeats)]
-        if len(read_lines(cfg.out / "replies.jsonl")) < len(jobs):
-            write_replies(model or load_model(cfg.model), cfg, jobs, fmt, progress=progress)
-        write_verdicts(cfg.out)
-        write_summary(cfg.out)
+        if first_does("counting replies", lambda: len(read_lines(cfg.out / "replies.jsonl"))) < len(jobs):
+            model = model or load_model(cfg.model, mesh=mesh)
+            with on_mesh(mesh):
+                write_replies(model, cfg, jobs, fmt, progress=progress)
+        first_does("judging replies", lambda: _judge(cfg.out), seconds=_JUDGING)
     # Another format than the model's own is allowed, and is never a secret.
     formats = {"used": _chat(chat, system), "trained_with": _chat(*recorded_chat(cfg.model))}
-    write_origin(cfg.out, "evaluation", model=subject, chat=formats, digest=digest_files(cfg.out))
+    record = {"model": subject, "chat": formats}
+    first_does("completing the evaluation", lambda: _complete(cfg.out, record))
     return cfg.out
+
+
+def _judge(out: Path) -> None:
+    write_verdicts(out)
+    write_summary(out)
+
+
+def _complete(out: Path, record: dict[str, Any]) -> None:
+    write_origin(out, "evaluation", **record, digest=digest_files(out))
+
+
+def _checked(cfg: EvalConfig, fmt: ChatFormat) -> tuple[list[Problem], Mesh | None]:
+    """The problems, and the mesh to have them solved on, once both fit the model.
+
+    Raises:
+      ValueError: with the faults of mesh, tasks and prompts.
+    """
+    described = read_description(cfg.model)
+
+    def load() -> list[Problem]:
+        problems = load_problems(cfg.tasks)
+        check_prompts(
+            [fmt.prompt(problem.turns) for problem in problems],
+            max_new_tokens=cfg.sampling.max_new_tokens,
+            max_context=described.cfg.max_context,
+            names=[f"{problem.task} {problem.id}" for problem in problems],
+        )
+        return problems
+
+    def make() -> Mesh | None:
+        four_bit = described.experts == "mxfp4"
+        return mesh_for_replies(described.cfg, cfg.mesh.model_dump(), four_bit_experts=four_bit)
+
+    problems, mesh = all_of(load, make)
+    return problems, mesh
 
 
 def write_replies(
@@ -92,26 +139,44 @@ def write_replies(
       ValueError: the replies that are there are not those to the first jobs.
     """
     path = cfg.out / "replies.jsonl"
-    found = read_lines(path)
-    _check_replies(path, found, jobs)
     batch = min(cfg.sampling.batch, len(jobs))
-    done = len(jobs) if len(found) == len(jobs) else len(found) // batch * batch
-    keep_lines(path, done)
+    done = first_does("keeping whole batches", lambda: _keep_batches(path, jobs, batch))
     # One length per task, not per batch: on a CPU a compilation costs more than some padding.
     lengths: dict[str, int] = {}
     for problem, _ in jobs:
         lengths[problem.task] = max(lengths.get(problem.task, 1), len(fmt.prompt(problem.turns)))
     progress = progress or quiet("replies")
-    with progress.stage("replies", total=len(jobs), done=done) as bar:
+    with progress.stage("replies", total=len(jobs), done=done) as bar, _watched() as beat:
         started, tokens = time.monotonic(), 0
         for start in range(done, len(jobs), batch):
             part = jobs[start : start + batch]
             length = max(lengths[problem.task] for problem, _ in part)
             rows = _reply_batch(model, cfg, part, fmt, batch=batch, prompt_length=length)
-            append_lines(path, rows)
+            first_does("writing replies", partial(append_lines, path, rows))
+            beat()
             tokens += sum(row["tokens"] for row in rows)
             bar.update(start + len(rows), tokens_per_second=tokens / (time.monotonic() - started))
     return path
+
+
+def _keep_batches(path: Path, jobs: Sequence[Job], batch: int) -> int:
+    """Cuts off what is no whole batch, and counts the replies that are left."""
+    found = read_lines(path)
+    _check_replies(path, found, jobs)
+    done = len(jobs) if len(found) == len(jobs) else len(found) // batch * batch
+    keep_lines(path, done)
+    return done
+
+
+@contextmanager
+def _watched() -> Iterator[Callable[[], None]]:
+    """Of several processes, ends all when one stands still in a batch; gives what says that one is done."""
+    if not connected():
+        yield lambda: None
+        return
+    with Watchdog() as watchdog:
+        watchdog.enter("a batch of replies", _BATCH)
+        yield watchdog.beat
 
 
 def _reply_batch(
@@ -171,10 +236,9 @@ def _check_place(cfg: EvalConfig, subject: dict[str, Any]) -> None:
         if cfg.out.exists() and (not cfg.out.is_dir() or any(p.name[0] != "." for p in cfg.out.iterdir())):
             raise ValueError(f"{cfg.out} is not empty and holds no evaluation; give another out=DIR")
         return
-    here = {
-        "out",
-        "model",
-    }  # the first two may have moved; the digest tells whether it is the same model
+    # Directories may have moved, and the digest tells whether it is the same model; other devices may be at
+    # hand when it goes on.
+    here = {"out", "model", "mesh"}
     found = read_config(cfg.out).model_dump(mode="json", exclude=here)
     wanted = cfg.model_dump(mode="json", exclude=here)
     differing = [key for key in wanted if found.get(key) != wanted[key]]

@@ -3,17 +3,23 @@
 What a process ends with says what a launcher should do:
 
     0    done
-    1    failed: a training that diverged, damaged files, a fault of the program
+    1    failed: a training that diverged, damaged files, a save that could not be made up for, a fault of the
+         program or of a machine once the work had begun
     2    a fault of the command, its config, its files or its machines; nothing was begun
     42   stood still: the watchdog ended it; the same command goes on from the last saved state
     75   asked to leave (SIGTERM), and saved; the same command goes on from there
     130  interrupted from the keyboard
-    134  ended by JAX (SIGABRT): another process was killed, or its machine was lost
+    134  lost another process: it was killed, its machine or the link to it is gone, or it did not come to a
+         wait; the same command, in all processes, goes on from the last saved state
 
-All processes of a run end with the code of the first that failed.
+After 42, 75 and 134 a launcher starts all processes again. All processes of a run end with the code of the
+first that failed. 134 is what the shell makes of SIGABRT, with which JAX ends a process that misses the
+heartbeats of another: a survivor that notices by itself, in a collective, ends with the same number.
 """
 
+import contextlib
 import os
+import re
 import signal
 import sys
 import threading
@@ -23,15 +29,25 @@ from contextlib import contextmanager
 from typing import Any
 
 from jaxtax.hosts import news, store
-from jaxtax.hosts.wait import barrier
+from jaxtax.hosts.wait import PeerMissing, barrier
 
 EXIT_FAILED = 1
 EXIT_REFUSED = 2
 EXIT_STUCK = 42
 EXIT_AGAIN = 75  # EX_TEMPFAIL of sysexits.h
 EXIT_INTERRUPTED = 130
+EXIT_LOST = 128 + signal.SIGABRT
 
 _SECONDS = 3600.0  # for the slowest process to end: the first one may still be writing a report
+_TOGETHER = 10.0  # seconds for all that stop at one step to come out of it
+
+# What a survivor hears. gloo's words were seen in tests; NCCL's are those of its ncclRemoteError; the others
+# are of the coordination service.
+_LOST = re.compile(
+    r"\bgloo\b|connection (reset|closed|refused)|broken pipe|socket closed|remote process exited|"
+    r"heartbeat|another task|\bUNAVAILABLE\b",
+    re.IGNORECASE,
+)
 
 
 @contextmanager
@@ -63,11 +79,24 @@ def _part() -> None:
     jax.distributed.shutdown()
 
 
+def is_lost(error: BaseException) -> bool:
+    """Whether it comes from another process being gone, and says nothing about this one."""
+    if isinstance(error, PeerMissing):
+        return True
+    if isinstance(error, RuntimeError) and _LOST.search(str(error)):  # JAX's own are RuntimeErrors
+        return True
+    return error.__cause__ is not None and is_lost(error.__cause__)
+
+
 def _end_all(error: BaseException) -> None:
     if threading.current_thread() is threading.main_thread():
         # A launcher that sees one process end asks the others to; this one is on its way.
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
     code = _code(error)
+    if code == EXIT_AGAIN:
+        # All stop at one step. None may be cut off by another's announcement while it tidies up.
+        with contextlib.suppress(PeerMissing, RuntimeError):
+            barrier("leaving", seconds=_TOGETHER)
     sys.stdout.flush()
     code = news.announce_failure(code, _in_a_line(error, code))
     if isinstance(error, SystemExit):  # whoever raised it has said why
@@ -89,7 +118,9 @@ def _code(error: BaseException) -> int:
     name = "code" if isinstance(error, SystemExit) else "exit_code"  # that of a typer.Exit
     if isinstance(code := getattr(error, name, None), int):
         return code
-    return EXIT_INTERRUPTED if isinstance(error, KeyboardInterrupt) else EXIT_FAILED
+    if isinstance(error, KeyboardInterrupt):
+        return EXIT_INTERRUPTED
+    return EXIT_LOST if is_lost(error) else EXIT_FAILED
 
 
 def _in_a_line(error: BaseException, code: int) -> str:
@@ -149,3 +180,42 @@ def stop_wanted(step: int, *, asked: bool | None = None) -> bool:
     stop = news.listen().stop_wanted(mine, step) if store.connected() else mine
     _asked.heeded |= stop
     return stop
+
+
+class StoppedError(Exception):
+    """The run was told to leave and did; the same command goes on from there."""
+
+
+@contextmanager
+def leaves_at_once() -> Iterator[None]:
+    """Turns SIGTERM into a StoppedError, for work that may be cut off anywhere.
+
+    Training may not, and has `stop_signal` instead.
+    """
+
+    def leave(number: int, frame: Any) -> None:
+        raise StoppedError("stopped by SIGTERM")
+
+    if threading.current_thread() is not threading.main_thread():  # Python handles signals in the main one
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@contextmanager
+def at_work() -> Iterator[None]:
+    """For work that has begun: what fails in the block is no fault of the command; see `failed_at_work`."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        vars(error)["at_work"] = True
+        raise
+
+
+def failed_at_work(error: BaseException) -> bool:
+    """Whether it came up in a block of `at_work`."""
+    return "at_work" in vars(error)

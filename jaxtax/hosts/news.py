@@ -22,7 +22,7 @@ from jaxtax.hosts import store
 _log = logging.getLogger(__name__)
 _LOOK = 0.5  # seconds between looks
 _GOODBYE = 4.0  # seconds for the others to end, once one has failed
-_PATIENCE = 60.0  # seconds for all processes to say how far they are
+_PATIENCE = 60.0  # seconds between lines of the log while not all processes say how far they are
 
 
 class News:
@@ -81,16 +81,22 @@ class News:
     def _agree(self) -> None:
         with self._lock:
             store.put(f"stop_at/{store.index()}", str(self._steps))
-            end, told = time.monotonic() + _PATIENCE, {}
-            while time.monotonic() < end:
+            say = time.monotonic() + _PATIENCE
+            # Until all have said it: one that gave up and went on would make what it said wrong. Whoever does
+            # not say it is dead, which ends the run by the heartbeats, or stands still: by the watchdog.
+            while not self._end.is_set():
                 told = store.under("stop_at")
                 if len(told) == store.count():
                     self._stop_at = max(map(int, told.values())) + 1
                     return
                 if gone := store.get("news/gone"):
                     self._follow(json.loads(gone))
+                if time.monotonic() > say:
+                    say += _PATIENCE
+                    _log.warning(
+                        "asked to stop; only processes %s say where they are", ", ".join(sorted(told))
+                    )
                 time.sleep(0.02)
-        _log.warning("no agreement where to stop: heard only from processes %s", ", ".join(sorted(told)))
 
     def _follow(self, gone: dict) -> None:
         """Ends this process because another one failed."""

@@ -18,6 +18,8 @@ from jaxtax.hosts.detect import Peers
 
 _log = logging.getLogger(__name__)
 _SAY = 30.0  # seconds between lines of the log about who is still missing
+_SAY_FIRST = 5.0  # seconds after which a process first says that process 0 does not answer
+_SAY_ALIVE = 30  # seconds
 _LINE = 1 << 16  # bytes of the longest line
 
 
@@ -81,6 +83,7 @@ def _call(me: dict[str, Any], peers: Peers, port: int, seconds: float) -> None:
             if said is None:
                 line.close()
                 continue
+            _keep_alive(line)
             present.append(said)
             open_lines.append(line)
         for line in open_lines:
@@ -107,10 +110,13 @@ def _listen(port: int) -> socket.socket:
 
 def _answer(me: dict[str, Any], host: str, port: int, seconds: float) -> None:
     """All others: say who they are, as soon as process 0 listens, and hear whether all is well."""
-    end = time.monotonic() + seconds
+    end, say = time.monotonic() + seconds, time.monotonic() + _SAY_FIRST
     pause, last = 0.05, "no answer"
     while True:
         left = end - time.monotonic()
+        if time.monotonic() > say:
+            say += _SAY
+            _log.warning("waiting for process 0 at %s:%d (%s)%s", host, port, last, _hint(host))
         if left < 0:
             raise ValueError(
                 f"process {me['index']} of {me['count']} could not reach process 0 at {host}:{port} in "
@@ -118,6 +124,7 @@ def _answer(me: dict[str, Any], host: str, port: int, seconds: float) -> None:
             )
         try:
             with socket.create_connection((host, port), timeout=min(left + 0.1, 10.0)) as line:
+                _keep_alive(line)
                 line.sendall(json.dumps(me).encode() + b"\n")
                 line.settimeout(left + 5.0)
                 text = line.makefile("rb").readline(_LINE)
@@ -131,6 +138,24 @@ def _answer(me: dict[str, Any], host: str, port: int, seconds: float) -> None:
             last = error.strerror or str(error) or type(error).__name__
         time.sleep(pause)
         pause = min(2 * pause, 1.0)
+
+
+def _hint(host: str) -> str:
+    """What may be wrong when process 0 does not answer at its own machine's address."""
+    if host != "localhost" and not host.startswith("127.") and host != "::1":
+        return ""
+    return (
+        f"; {host} is this machine itself: if process 0 runs on another, give all processes its address, "
+        "JAXTAX_COORDINATOR=HOST:PORT"
+    )
+
+
+def _keep_alive(line: socket.socket) -> None:
+    """Shows life on a line where nothing is said, perhaps for half an hour: firewalls forget silent ones."""
+    line.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for name in ("TCP_KEEPIDLE", "TCP_KEEPINTVL"):  # not every system has both
+        if hasattr(socket, name):
+            line.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), _SAY_ALIVE)
 
 
 def _read(line: socket.socket) -> dict[str, Any] | None:

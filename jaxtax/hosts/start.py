@@ -6,77 +6,19 @@ import os
 import re
 import socket
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 from jaxtax.hosts import news, store
 from jaxtax.hosts.detect import ALONE, Peers, detect
+from jaxtax.hosts.limits import Bounds, Settings, bounds, use
 from jaxtax.hosts.roll_call import roll_call
 from jaxtax.hosts.tls import tls
 from jaxtax.hosts.tpu_vm import attribute, from_metadata, is_tpu_vm
 
-__all__ = ["ALONE", "Peers", "Settings", "detect", "start", "start_alone"]
+__all__ = ["ALONE", "Peers", "Settings", "bounds", "detect", "start", "start_alone"]
 
 _log = logging.getLogger(__name__)
 _peers: Peers | None = None
-
-
-class Settings(Protocol):
-    """What a config may say about the processes; None: the default."""
-
-    @property
-    def heartbeat_seconds(self) -> float | None: ...
-    @property
-    def init_seconds(self) -> float | None: ...
-    @property
-    def shutdown_seconds(self) -> float | None: ...
-
-
-@dataclass(frozen=True)
-class Bounds:
-    """How long processes wait, in seconds.
-
-    Attributes:
-      heartbeat: without a sign of life of a process or its machine, after which the run ends.
-      init: for all processes to have started.
-      shutdown: for all processes to have ended.
-    """
-
-    heartbeat: int = 30
-    init: int = 1800
-    shutdown: int = 30
-
-
-def bounds(settings: Settings | None, env: Mapping[str, str]) -> Bounds:
-    """JAXTAX_HEARTBEAT_SECONDS and the like, else what the config says, else the default.
-
-    Raises:
-      ValueError: a variable is not a number of seconds.
-    """
-    found, faults = {}, []
-    chosen = (
-        {}
-        if settings is None
-        else {
-            "heartbeat": settings.heartbeat_seconds,
-            "init": settings.init_seconds,
-            "shutdown": settings.shutdown_seconds,
-        }
-    )
-    for name in ("heartbeat", "init", "shutdown"):
-        value = chosen.get(name)
-        variable = f"JAXTAX_{name.upper()}_SECONDS"
-        if text := env.get(variable):
-            if re.fullmatch(r"\d+(\.\d+)?", text) and float(text) >= 1:
-                value = float(text)
-            else:
-                faults.append(f"{variable}={text!r}; expected a number of seconds, at least 1")
-        if value is not None:
-            found[name] = max(1, round(value))
-    if faults:
-        raise ValueError("\n".join(faults))
-    return Bounds(**found)
 
 
 def start(settings: Settings | None = None) -> Peers:
@@ -112,6 +54,7 @@ def start(settings: Settings | None = None) -> Peers:
     faults += unreachable(peers, os.environ)
     if faults:
         raise ValueError("\n".join(faults))
+    use(limits)
     if peers.count > 1:
         _connect(peers, limits)
     _peers = peers
@@ -129,7 +72,7 @@ def start_alone(verb: str) -> None:
         raise ValueError(
             f"`jaxtax {verb}` is the work of one process, which may use all devices of its machine; found "
             f"{peers.count} processes ({peers.where}): start it with one task, or without the launcher. "
-            "Several are for `jaxtax train` and `jaxtax convert`"
+            "Several are for `jaxtax study`, `train`, `eval` and `convert`"
         )
 
 

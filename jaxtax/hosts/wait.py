@@ -15,6 +15,7 @@ from jaxtax.hosts import store
 _LOOK_FIRST, _LOOK_LAST = 0.002, 0.25  # seconds between looks, at first and at most
 _GRACE = 5.0  # seconds that the others give process 0 to tell them who did not come
 _uses: Counter[str] = Counter()
+_left_behind: list[str] = []  # waits whose texts are still in the store of process 0
 
 
 class PeerMissing(RuntimeError):
@@ -68,14 +69,22 @@ def share(name: str, value: Any, *, seconds: float = 600) -> list[Any]:
     if store.index() == 0:
         answer = _collect(here, seconds)
         store.put(f"{here}/all", answer)
-        if _uses[name] > 1:  # whoever came here has left the wait before
-            store.drop(f"wait/{name}/{_uses[name] - 1}")
     else:
         answer = _await(here, seconds + _GRACE)
     found = json.loads(answer)
+    if store.index() == 0:
+        _forget(here, all_came=not found["missing"])
     if found["missing"]:
         raise PeerMissing(name, seconds, found["missing"], store.count())
     return found["values"]
+
+
+def _forget(here: str, *, all_came: bool) -> None:
+    """Drops the texts of earlier waits: all come to them in one order, so whoever came here has left them."""
+    if all_came:
+        while _left_behind:
+            store.drop(_left_behind.pop())
+    _left_behind.append(here)
 
 
 def _collect(here: str, seconds: float) -> str:

@@ -1,7 +1,7 @@
 """One expert on one block of its tokens: both directions, written out by hand."""
 
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -59,7 +59,8 @@ def interleave(gate: Array, up: Array) -> Array:
 def block_forward(activation: Swiglu, x_CD: Array, e: Expert) -> tuple[Array, Array]:
     """(y_CD, h_CU before the activation), both float32; products run in the dtype of x."""
     h_CU = product(x_CD, e.up_DU, (1, 0)) + e.up_bias_U[None]
-    act_CF = swiglu(activation, h_CU).astype(x_CD.dtype)
+    act_CF: Any = swiglu(activation, h_CU)
+    act_CF = act_CF.astype(x_CD.dtype)
     return product(act_CF, e.down_FD, (1, 0)) + e.down_bias_D[None], h_CU
 
 

@@ -4,6 +4,7 @@ Elsewhere XLA turns it into a product over all experts.
 """
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -44,8 +45,8 @@ def ragged_forward(
         found = jnp.where(chosen[order][:, None] < num_experts, run(rows, matrices), 0)
         return found + member @ biases.astype(jnp.float32)
 
-    hidden = swiglu(activation, grouped(x_RD[order // num_chosen], w.up, w.up_bias_EU)).astype(dtype)
-    out = grouped(hidden, w.down, w.down_bias_ED)
+    hidden: Any = swiglu(activation, grouped(x_RD[order // num_chosen], w.up, w.up_bias_EU))
+    out = grouped(hidden.astype(dtype), w.down, w.down_bias_ED)
     out_RAD = out[jnp.argsort(order)].reshape(*experts_RA.shape, -1)
     return jnp.einsum("RAD,RA->RD", out_RAD, weights_RA.astype(jnp.float32))
 

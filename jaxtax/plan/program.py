@@ -126,10 +126,22 @@ class Program:
         inside = Collectives()
         for part in re.findall(r"\b(?:body|condition)=%?([\w.-]+)", loop.rest):
             inside.add(self._talk(part, known), 1)
-        trips = _TRIPS.search(loop.rest)
+        trips = self._trips(loop)
         if trips is None and inside.count:
             inside.uncounted += 1
-        return inside, int(trips[1]) if trips else 1
+        return inside, trips or 1
+
+    def _trips(self, loop: Instruction) -> int | None:
+        if known := _TRIPS.search(loop.rest):
+            return int(known[1])
+        # The compiler for TPUs does not say it, but there scans still count from 0 to a constant.
+        condition = re.search(r"\bcondition=%?([\w.-]+)", loop.rest)
+        body = self._computations.get(condition[1], []) if condition else []
+        numbers = {i.name: i.rest.partition(")")[0] for i in body if i.opcode == "constant"}
+        if body and body[-1].opcode == "compare" and "direction=LT" in body[-1].rest:
+            bound = numbers.get(_operands(body[-1])[-1], "")
+            return int(bound) if bound.isdigit() else None
+        return None
 
 
 def size_of(dtype: str, shape: tuple[int, ...]) -> int:
@@ -189,9 +201,12 @@ def _called(instruction: Instruction) -> list[str]:
     return called
 
 
+def _operands(instruction: Instruction) -> list[str]:
+    return re.findall(r"%([\w.-]+)", instruction.rest.partition(")")[0])
+
+
 def _larger_side(instruction: Instruction, sizes: dict[str, int]) -> int:
-    operands = re.findall(r"%([\w.-]+)", instruction.rest.partition(")")[0])
-    given = sum(sizes.get(name, 0) for name in operands)
+    given = sum(sizes.get(name, 0) for name in _operands(instruction))
     # The result of a start holds its operands too.
     taken = instruction.bytes - (given if instruction.opcode.endswith("-start") else 0)
     return max(given, taken)

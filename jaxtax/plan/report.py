@@ -44,6 +44,7 @@ class Report:
       collectives: kind -> count and bytes in one step (bytes of one device's larger side).
       loops_counted_once: loops with collectives in them that run an unknown number of times.
       largest_copy: bytes of the largest array that is only moved.
+      largest_expanded: bytes of the largest array that holds all tokens of a device for all experts.
       largest_temporary: bytes and shape of the largest array that is no weight, moment or gradient.
       compile_seconds: tracing included.
       ways: what else was compiled, if this does not fit; `note`: what no compilation says.
@@ -67,6 +68,7 @@ class Report:
     collectives: dict[str, dict[str, int]]
     loops_counted_once: int
     largest_copy: int
+    largest_expanded: int
     largest_temporary: dict[str, Any]
     compile_seconds: float
     available_why: str

@@ -18,7 +18,7 @@ from jaxtax.plan.program import Program, size_of
 from jaxtax.plan.report import Report
 from jaxtax.plan.steps import Step, StepKind, Target, abstract_step, bytes_per_device, mesh_of, target
 from jaxtax.plan.ways import others
-from jaxtax.sharding import MESH_AXES, check_mesh
+from jaxtax.sharding import AXIS_TO_MESH, MESH_AXES, check_mesh
 
 # Without a GPU nothing can be tuned, and some of the untuned Triton products do not compile; cuBLAS is also
 # what products of these sizes run in.
@@ -135,6 +135,7 @@ def _report(
         collectives={} if talk is None else _counted(talk.count, talk.bytes),
         loops_counted_once=0 if talk is None else talk.uncounted,
         largest_copy=0 if program is None else max((size_of(*a[1:]) for a in program.copies()), default=0),
+        largest_expanded=0 if program is None else _expanded(wanted, mesh, program),
         largest_temporary={} if program is None else _largest(program, step),
         compile_seconds=seconds,
         available_why=kind.why,
@@ -181,3 +182,20 @@ def _largest(program: Program, step: Step) -> dict[str, Any]:
     ]
     size, dtype, shape = max(arrays, default=(0, "", ()))
     return {"bytes": size, "dtype": dtype, "shape": list(shape)}
+
+
+def _expanded(wanted: Target, mesh: Mesh, program: Program) -> int:
+    """Bytes of the largest array that is all tokens of a device for all experts: what a `ragged_dot` becomes
+    where it has no kernel."""
+    cfg, moe = wanted.model_cfg, wanted.model_cfg.moe
+    if moe is None or wanted.kind == "decode":
+        return 0
+    others = math.prod(mesh.shape[axis] for axis in AXIS_TO_MESH["batch"])
+    tokens = wanted.tokens // (others * wanted.cfg.micro_batches)
+    least = moe.num_experts * tokens * min(cfg.embed_dim, cfg.mlp_dim)
+    sizes = (
+        size_of(dtype, shape)
+        for _, dtype, shape in program.arrays()
+        if math.prod(shape) >= least and any(size and size % tokens == 0 for size in shape)
+    )
+    return max(sizes, default=0)

@@ -229,8 +229,9 @@ def _by_rows(leaf: Any, cfg: TrainConfig, mesh: Mesh) -> NamedSharding:
 def _batch(cfg: TrainConfig, mesh: Mesh) -> Batch:
     place = batch_sharding(mesh, split_sequence=cfg.mesh.split_sequence)
     shape = (cfg.batch_rows, cfg.data.row_tokens)
-    ids = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=place)
-    return Batch(ids, ids, jax.ShapeDtypeStruct(shape, jnp.float32, sharding=place), ids, ids)
+    ids: Any = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=place)
+    weights: Any = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=place)
+    return Batch(ids, ids, weights, ids, ids)
 
 
 def _placed(tree: Any, places: Any) -> Any:

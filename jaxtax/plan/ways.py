@@ -97,13 +97,19 @@ def _candidates(wanted: Target, where: Machine) -> list[Overrides]:
 
 
 def _meshes(wanted: Target, where: Machine) -> list[Overrides]:
-    """Meshes that spread the state over all devices, most experts per device first."""
+    """Meshes that spread the state over all devices: the least parts of heads, then of experts, first."""
     count = where.num_devices
     experts = 1 if wanted.model_cfg.moe is None else wanted.model_cfg.moe.num_experts
     return [
-        {"mesh.data": 1, "mesh.fsdp": count // expert, "mesh.expert": expert, "mesh.tensor": 1}
-        for expert in range(1, count + 1)
-        if count % expert == 0 and experts % expert == 0
+        {
+            "mesh.data": 1,
+            "mesh.fsdp": count // (expert * tensor),
+            "mesh.expert": expert,
+            "mesh.tensor": tensor,
+        }
+        for tensor in range(1, count + 1)
+        for expert in range(1, count // tensor + 1)
+        if count % (expert * tensor) == 0 and experts % expert == 0
     ]
 
 

@@ -11,11 +11,13 @@ from jaxtax.artifact import read_origin
 from jaxtax.chat.format import ChatFormat
 from jaxtax.chat.formats import chosen_chat, make_format
 from jaxtax.chat.tokenizer import Tokenizer, load_tokenizer
-from jaxtax.checkpoint import read_model_config
+from jaxtax.checkpoint import load_model, read_model_config
 from jaxtax.checkpoint.model_directory import read_description
 from jaxtax.config import SystemMessage, TrainConfig
 from jaxtax.data.loader import Batches
 from jaxtax.model.config import ModelConfig, named_size
+from jaxtax.model.four_bit import plain_experts
+from jaxtax.model.transformer import Transformer, new_model
 from jaxtax.sharding import check_mesh, make_mesh
 
 T = TypeVar("T")
@@ -124,6 +126,17 @@ def start_digest(cfg: TrainConfig) -> str | None:
         return None
     read_model_config(cfg.model.path)
     return read_origin(cfg.model.path, "model")["digest"]
+
+
+def starting_model(job: Job) -> Transformer:
+    """The model that the run starts from, on its mesh: read, or drawn from the seed."""
+    cfg = job.cfg
+    if cfg.model.path is not None:
+        model = load_model(cfg.model.path, mesh=job.mesh, param_dtype=cfg.precision.params)
+        if "experts" in cfg.freeze:
+            return model  # 4-bit experts stay as they are
+        return plain_experts(model, cfg.precision.params, mesh=job.mesh)
+    return new_model(job.model_cfg, cfg.seed, param_dtype=cfg.precision.params, mesh=job.mesh)
 
 
 def _try(action: Callable[[], T], faults: list[str]) -> T | None:

@@ -14,9 +14,7 @@ with the weights and losses, bit for bit, of one that was not (on the same machi
 """
 
 import contextlib
-from collections import deque
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+import os
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -27,20 +25,20 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxtax.artifact import ORIGIN, digest_run, write_origin
-from jaxtax.checkpoint import Run, load_model, save_model
-from jaxtax.checkpoint.together import everyone
+from jaxtax.checkpoint import Run, save_model
+from jaxtax.checkpoint.together import FailedError, everyone
 from jaxtax.config import TrainConfig
 from jaxtax.data.place import place_batch
 from jaxtax.goodput import Ledger
-from jaxtax.hosts.leave import stop_signal, stop_wanted
+from jaxtax.hosts.leave import StoppedError, at_work, stop_signal, stop_wanted
+from jaxtax.hosts.limits import bounds, limits, use
 from jaxtax.hosts.process import is_first_process
-from jaxtax.hosts.watchdog import Watchdog
-from jaxtax.model.four_bit import plain_experts
-from jaxtax.model.transformer import Transformer, new_model
+from jaxtax.hosts.watchdog import Budgets, Watchdog
 from jaxtax.progress import Progress, quiet
+from jaxtax.sharding import tell_idle_devices
+from jaxtax.train.ahead import ahead
 from jaxtax.train.guard import Guard
-from jaxtax.train.job import Job, check_job, start_digest
-from jaxtax.train.leaving import StoppedError
+from jaxtax.train.job import Job, check_job, start_digest, starting_model
 from jaxtax.train.optimizer import form, recipe
 from jaxtax.train.ownership import Owner, owned
 from jaxtax.train.pace import Pace
@@ -49,9 +47,6 @@ from jaxtax.train.replicas import compare_replicas
 from jaxtax.train.reports import Reports
 from jaxtax.train.saves import Saves
 from jaxtax.train.step import Settings, initial_state, join, split, train_step_on
-
-_SECONDS = 600.0  # for the slowest process to have started
-_BATCHES_AHEAD = 2
 
 
 def train(cfg: TrainConfig, *, progress: Progress | None = None, began: float | None = None) -> Path:
@@ -72,10 +67,11 @@ def train(cfg: TrainConfig, *, progress: Progress | None = None, began: float | 
     """
     progress = progress or quiet("train")
     ledger = Ledger(began=began)
+    use(bounds(cfg.hosts, os.environ))
     check_directory(cfg)
     model_dir = cfg.out / "model"
     finished, begun = everyone(
-        "what is in the run's directory", [_is_finished(cfg.out), cfg.out.exists()], seconds=_SECONDS
+        "what is in the run's directory", [_is_finished(cfg.out), cfg.out.exists()], seconds=limits().init
     )[0]
     if finished:
         _check_start(cfg)
@@ -83,21 +79,25 @@ def train(cfg: TrainConfig, *, progress: Progress | None = None, began: float | 
     job = None if begun else check_job(cfg)
     with owned(cfg.out, "training", progress.say) as owner:
         check_directory(cfg)
-        if model_dir.exists():
+        if everyone("whether the model is there", model_dir.exists())[0]:
             _check_start(cfg)
         else:
             job = job or check_job(cfg)
             check_same(cfg.out, job.facts)
             start_record(cfg, job.facts)
             progress.say(f"{cfg.out}: {job.summary}")
-            with Watchdog(directory=cfg.out) as watchdog:
-                _Training(job, owner, ledger, watchdog, progress).run(model_dir)
-        owner.check()
-        Run(cfg.out).clear()
-        ledger.close()
-        if is_first_process():
-            start = str(cfg.model.path or cfg.model.size)
-            write_origin(cfg.out, "run", seed=cfg.seed, model=start, digest=digest_run(cfg.out))
+            budgets = Budgets(restore=limits().save, save=limits().save)
+            with Watchdog(budgets, directory=cfg.out) as watchdog:
+                training = _Training(job, owner, ledger, watchdog, progress)
+                with at_work():
+                    training.run(model_dir)
+        with at_work():
+            owner.check()
+            Run(cfg.out).clear()
+            ledger.close()
+            if is_first_process():
+                start = str(cfg.model.path or cfg.model.size)
+                write_origin(cfg.out, "run", seed=cfg.seed, model=start, digest=digest_run(cfg.out))
     return model_dir
 
 
@@ -119,16 +119,19 @@ class _Training:
     ) -> None:
         self._job, self._cfg, self._progress = job, job.cfg, progress
         self._ledger, self._watchdog = ledger, watchdog
-        self._saves = Saves(job.cfg, owner, ledger, progress)
+        self._saves = Saves(job.cfg, owner, ledger, progress, job.batches.steps_per_epoch)
         self._form = form(job.cfg.optimizer, job.cfg.precision)
         if is_first_process():
             ledger.open(job.cfg.out)
         watchdog.enter("restore")
         with ledger.doing("restore"):
-            self._graphdef, params, self._frozen = split(_starting_model(job), job.cfg.freeze)
-            if everyone("whether the run has begun", self._saves.states.begun, seconds=_SECONDS)[0]:
+            self._graphdef, params, self._frozen = split(starting_model(job), job.cfg.freeze)
+            owed = self._saves.go_back()
+            if everyone("whether the run has begun", self._saves.states.begun)[0]:
                 abstract = jax.eval_shape(partial(initial_state, form=self._form), params)
                 del params  # a large model has no room for both these and the saved ones
+                self._pay(owed, abstract)
+                watchdog.enter("restore")
                 self._step, self._state, saved = self._saves.restore(abstract, job.mesh)
                 self._guard = Guard(job.cfg.bad_steps, saved["guard"])
                 progress.say(f"{job.cfg.out}: going on from step {self._step}")
@@ -141,6 +144,7 @@ class _Training:
     def run(self, model_dir: Path) -> None:
         """Does the steps that are left and writes the models."""
         cfg, total = self._cfg, len(self._job.batches)
+        tell_idle_devices(self._job.mesh, self._progress.say)
         metrics_file = MetricsFile(cfg.out, self._step)
         with stop_signal():
             try:
@@ -148,13 +152,46 @@ class _Training:
                     self._steps(Reports(self._job, self._guard, metrics_file, bar))
                 self._ledger.now("save")
                 self._watchdog.enter("save")
-                self._save_model(model_dir)
+                self._finish(model_dir)
             except BaseException:
                 with contextlib.suppress(OSError):  # what ended the run is what has to be told
                     metrics_file.close()
                     self._ledger.close()
                 raise
             metrics_file.close()
+
+    def _pay(self, owed: int | None, abstract: Any) -> None:
+        """Writes the models of epochs that could not be written when it was their time, from saved states.
+
+        Raises:
+          FailedError: one still cannot be.
+        """
+        while owed is not None:
+            end = owed * self._job.batches.steps_per_epoch
+            self._watchdog.enter("restore")
+            self._step, self._state, _ = self._saves.restore(abstract, self._job.mesh, upto=end)
+            if self._step == end:  # not if that state is damaged
+                fault = self._saves.save_model(self._saves.epoch(owed), self._save_model)
+                if fault is not None:
+                    raise FailedError(f"the model of epoch {owed} still cannot be written: {fault}")
+            del self._state
+            owed = self._saves.go_back()
+
+    def _finish(self, model_dir: Path) -> None:
+        """Writes the model.
+
+        Raises:
+          FailedError: it could not be, or that of an epoch could not; the state is saved then.
+        """
+        missing = [str(self._saves.epoch(epoch)) for epoch in self._saves.owed(self._step)]
+        fault = None if missing else self._saves.save_model(model_dir, self._save_model)
+        if missing or fault is not None:
+            self._save_state(last=True)
+            what = f"{model_dir} ({fault})" if fault is not None else ", ".join(missing)
+            raise FailedError(
+                f"the run has failed: {what} could not be written; all steps are done and saved: make room "
+                "and run the same command again, for what is missing"
+            )
 
     def _steps(self, reports: Reports) -> None:
         cfg, batches, mesh = self._cfg, self._job.batches, self._job.mesh
@@ -174,7 +211,7 @@ class _Training:
         first, ledger = self._step, self._ledger
         pace = Pace(self._watchdog, first)
         ledger.now("input")
-        for step, batch in _ahead(fetch, range(first, len(batches))):
+        for step, batch in ahead(fetch, range(first, len(batches))):
             ledger.now("compile" if step == first else "step")
             limits = self._guard.limits(step)
             limited = replace(numbers, largest_loss=limits.loss, largest_norm=limits.norm)
@@ -206,9 +243,8 @@ class _Training:
         """
         self._ledger.at(self._step)
         self._ledger.saved()
-        if self._cfg.compare_replicas_every_steps is not None:
-            with self._ledger.doing("check"):
-                compare_replicas((self._state, self._frozen), self._step)
+        with self._ledger.doing("check"):
+            compare_replicas((self._state, self._frozen), self._step)
         with self._ledger.doing("save"):
             if leaves or self._is_saved():
                 self._save(last=leaves)
@@ -226,11 +262,17 @@ class _Training:
         epoch, rest = divmod(self._step, self._job.batches.steps_per_epoch)
         if self._cfg.keep_epochs and rest == 0:
             # Before the state: a run that goes on from this state will not come by here again.
-            directory = self._cfg.out / "epochs" / str(epoch)
-            if not directory.exists():
-                self._save_model(directory)
+            directory = self._saves.epoch(epoch)
+            self._watchdog.enter("save")
+            fault = self._saves.save_model(directory, self._save_model)
+            if fault is not None:
+                self._saves.say_owed(directory, fault)
         if self._step < len(self._job.batches):
-            self._saves.save(self._step, self._state, {"guard": self._guard.to_save()}, last=last)
+            self._save_state(last=last)
+
+    def _save_state(self, *, last: bool) -> None:
+        self._watchdog.enter("save")
+        self._saves.save(self._step, self._state, {"guard": self._guard.to_save()}, last=last)
 
     def _save_model(self, directory: Path) -> None:
         cfg, job = self._cfg, self._job
@@ -247,30 +289,3 @@ class _Training:
         save_model(
             directory, model, tokenizer_dir=job.tokenizer_dir, chat=job.chat, system=system, origin=origin
         )
-
-
-def _ahead(fetch: Callable[[int], Any], steps: range) -> Iterator[tuple[int, Any]]:
-    """Each step with what `fetch` makes for it, made in another thread while the steps before run."""
-    with ThreadPoolExecutor(1, thread_name_prefix="batches") as pool:
-        waiting = deque((step, pool.submit(fetch, step)) for step in steps[:_BATCHES_AHEAD])
-        try:
-            for step in steps:
-                due, made = waiting.popleft()
-                if step + _BATCHES_AHEAD in steps:
-                    waiting.append((step + _BATCHES_AHEAD, pool.submit(fetch, step + _BATCHES_AHEAD)))
-                assert due == step
-                yield step, made.result()
-        finally:
-            for _, made in waiting:
-                made.cancel()
-
-
-def _starting_model(job: Job) -> Transformer:
-    """The model that the run starts from, on its mesh: read, or drawn from the seed."""
-    cfg = job.cfg
-    if cfg.model.path is not None:
-        model = load_model(cfg.model.path, mesh=job.mesh, param_dtype=cfg.precision.params)
-        if "experts" in cfg.freeze:
-            return model  # 4-bit experts stay as they are
-        return plain_experts(model, cfg.precision.params, mesh=job.mesh)
-    return new_model(job.model_cfg, cfg.seed, param_dtype=cfg.precision.params, mesh=job.mesh)

@@ -1,14 +1,18 @@
 """A directory is written by one command at a time, of however many processes."""
 
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from jaxtax.checkpoint.together import everyone
+from jaxtax.hosts.limits import limits
 from jaxtax.hosts.process import is_first_process
-from jaxtax.owner import LEASE, Claim, claim
+from jaxtax.owner import LEASE, Claim, claim, is_held
 
+# Waits here name no path: processes may have been given different ones.
 _SECONDS = 60.0
+_SHOWS = 75.0  # seconds within which a network disk shows what another machine wrote: NFS may take 60
 
 
 class Owner:
@@ -40,8 +44,10 @@ def owned(out: Path, what: str, say: Callable[[str], None]) -> Iterator[Owner]:
       what: is done there, as others are told: "training", "a study".
 
     Raises:
-      ValueError: in all processes, if someone else has it.
+      ValueError: in all processes, if someone else has it, or they do not all see the same directory.
     """
+    # Before it is claimed: one process may have read its data long before another.
+    everyone("all are ready to begin", None, seconds=limits().init)
     with ExitStack() as stack:
         held = fault = None
         if is_first_process():
@@ -50,8 +56,30 @@ def owned(out: Path, what: str, say: Callable[[str], None]) -> Iterator[Owner]:
                 held = stack.enter_context(claim(out, what, say=say))
             except (ValueError, OSError) as error:
                 fault = str(error)
-        _raise_all(everyone(f"claiming {out}", fault, seconds=LEASE + _SECONDS))
+        mine = [fault, None if held is None else held.token]
+        told = everyone("claiming the directory", mine, seconds=LEASE + _SECONDS)
+        _raise_all([fault for fault, _ in told])
+        _check_shared(out, told[0][1])
         yield Owner(held)
+
+
+def _check_shared(out: Path, token: str) -> None:
+    """Checks that all processes see the claim of the first one: else each would write states of its own part.
+
+    Raises:
+      ValueError: in all processes, if one does not.
+    """
+    end = time.monotonic() + _SHOWS
+    while not (seen := is_held(out, token)) and time.monotonic() < end:
+        time.sleep(0.1)
+    seen_by = everyone("seeing the claim of process 0", seen, seconds=_SHOWS + _SECONDS)
+    if blind := [str(number) for number, seen in enumerate(seen_by) if not seen]:
+        who = f"process{'es' if len(blind) > 1 else ''} {', '.join(blind)}"
+        raise ValueError(
+            f"out={out}: what process 0 wrote there is not seen by {who} of {len(seen_by)}; give a directory "
+            "that all machines share under one absolute path, on a network file system (a bucket has to be "
+            "mounted, with gcsfuse say)"
+        )
 
 
 def _raise_all(faults: list[str | None]) -> None:
