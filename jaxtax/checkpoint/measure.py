@@ -1,5 +1,6 @@
-"""What digests add to the time of a save: python -m jaxtax.checkpoint.measure DIR [MEGABYTES]."""
+"""What digests add to the time of a save: python -m jaxtax.checkpoint.measure DIR [MEGABYTES [PAIRS]]."""
 
+import os
 import shutil
 import statistics
 import sys
@@ -14,15 +15,22 @@ from jaxtax.checkpoint import run_states
 from jaxtax.checkpoint.digests import begin_digests
 from jaxtax.checkpoint.run_states import Run
 
-_SAVES = 14
 
 
-def digest_share(directory: Path, megabytes: int) -> dict[str, float]:
-    """Seconds of a save with and without digests, done in turn: medians and the shortest of each.
+def digest_share(directory: Path, megabytes: int, pairs: int = 15) -> dict[str, float]:
+    """What digests add to a save, in pairs of saves with and without, which take turns at being first.
+
+    Each save begins when the disk has written all that came before, and ends when it has written that save:
+    disks that write later are else paid by whoever comes next.
 
     Args:
       directory: on the disk in question; a directory is made in it, and removed.
       megabytes: of random float32 numbers.
+      pairs: how many.
+
+    Returns:
+      `with` and `without` digests, seconds, medians; `added`, the median over pairs of what digests add to a
+      save, as a part of it, with its quartiles `from` and `to`.
     """
     place = directory / "measure-saves"
     rows = max(1, megabytes * 10**6 // (8 * 4 * 2048))
@@ -33,18 +41,22 @@ def digest_share(directory: Path, megabytes: int) -> dict[str, float]:
     try:
         run = Run(place, keep=1)
         run.save(1, state)  # compiles
-        for step in range(2, 2 + _SAVES):
-            on = step % 2 == 0
-            run_states.begin_digests = begin_digests if on else _no_digests
-            began = time.perf_counter()
-            run.save(step, state)
-            took[on].append(time.perf_counter() - began)
+        for pair in range(pairs):
+            for turn in (0, 1):
+                on = (pair + turn) % 2 == 0
+                run_states.begin_digests = begin_digests if on else _no_digests
+                os.sync()
+                began = time.perf_counter()
+                run.save(2 + 2 * pair + turn, state)
+                os.sync()
+                took[on].append(time.perf_counter() - began)
     finally:
         run_states.begin_digests = begin_digests
         shutil.rmtree(place, ignore_errors=True)
-    medians = statistics.median(took[True]), statistics.median(took[False])
-    best = min(took[True]), min(took[False])
-    return {"with": medians[0], "without": medians[1], "best with": best[0], "best without": best[1]}
+    added = [on / off - 1 for on, off in zip(took[True], took[False], strict=True)]
+    low, middle, high = statistics.quantiles(added, n=4)
+    seconds = statistics.median(took[True]), statistics.median(took[False])
+    return {"with": seconds[0], "without": seconds[1], "added": middle, "from": low, "to": high}
 
 
 def _no_digests(arrays: Mapping[str, Any], name: str) -> Callable[[], dict[str, str]]:
@@ -52,5 +64,8 @@ def _no_digests(arrays: Mapping[str, Any], name: str) -> Callable[[], dict[str, 
 
 
 if __name__ == "__main__":
-    found = digest_share(Path(sys.argv[1]), int(sys.argv[2]) if len(sys.argv) > 2 else 500)
-    print(", ".join(f"{name} {seconds:.2f} s" for name, seconds in found.items()))
+    found = digest_share(Path(sys.argv[1]), *(int(word) for word in sys.argv[2:]))
+    print(
+        f"with {found['with']:.2f} s, without {found['without']:.2f} s, "
+        f"added {found['added']:.1%} ({found['from']:.1%} to {found['to']:.1%})"
+    )
