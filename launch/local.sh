@@ -37,12 +37,19 @@ if [[ ${JAX_PLATFORMS:-} != cpu ]]; then
 fi
 
 declare -A running=() # the processes that have not ended, by their ids
+leaving=0 left_again=0
 pass_on() {
-  kill -TERM "${!running[@]}" 2>/dev/null || true
+  leaving=1
+  mapfile -t started < <(jobs -p) # one may just have been started that is not in `running` yet
+  kill -TERM "${started[@]}" 2>/dev/null || true
 }
 trap pass_on TERM INT
 
 for ((id = 0; id < processes; id++)); do
+  if ((leaving)); then # those that are there would wait for the others
+    left_again=1
+    break
+  fi
   settings=("JAXTAX_PROCESS_ID=$id")
   if [[ ${JAX_PLATFORMS:-} == cpu ]]; then
     settings+=("XLA_FLAGS=${XLA_FLAGS:-} --xla_force_host_platform_device_count=$devices")
@@ -53,12 +60,17 @@ for ((id = 0; id < processes; id++)); do
   running[$!]=1
 done
 
-failed=0 left_again=0
+failed=0
 while ((${#running[@]})); do
   code=0
   wait -n -p ended "${!running[@]}" || code=$?
-  if [[ -z ${ended:-} ]]; then # a signal came, and was passed on
-    continue
+  if [[ -z ${ended:-} ]]; then # a signal came, and was passed on; who ended meanwhile is not waited for again
+    for ended in "${!running[@]}" ''; do
+      kill -0 "$ended" 2>/dev/null || break
+    done
+    [[ -n $ended ]] || continue
+    code=0
+    wait "$ended" || code=$?
   fi
   unset "running[$ended]"
   if ((code == again)); then
@@ -68,6 +80,7 @@ while ((${#running[@]})); do
     echo "process $ended ended with $code; the others have $patience s" >&2
     (sleep "$patience" && kill -KILL "${!running[@]}") >/dev/null 2>&1 &
     killer=$!
+    disown "$killer"
     pass_on
   fi
 done
