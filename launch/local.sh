@@ -63,8 +63,8 @@ done
 failed=0
 while ((${#running[@]})); do
   code=0
-  wait -n -p ended "${!running[@]}" || code=$?
-  if [[ -z ${ended:-} ]]; then # a signal came, and was passed on; who ended meanwhile is not waited for again
+  wait -n -p ended "${!running[@]}" 2>/dev/null || code=$?
+  if [[ -z ${ended:-} ]]; then # a signal came, and was passed on; who ended meanwhile is "no such job" now
     for ended in "${!running[@]}" ''; do
       kill -0 "$ended" 2>/dev/null || break
     done
