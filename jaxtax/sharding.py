@@ -225,8 +225,9 @@ def check_mesh(
         ("tensor", tensor, "num_kv_heads", cfg.num_kv_heads),
         ("tensor", tensor, "mlp_dim", cfg.mlp_dim),
         ("tensor", tensor, "vocab_size", cfg.vocab_size),
-        ("expert", expert, "num_experts", 1 if cfg.moe is None else cfg.moe.num_experts),
     ]
+    if cfg.moe is not None:  # of a dense model, `expert` holds rows and nothing else
+        demands.append(("expert", expert, "num_experts", cfg.moe.num_experts))
     if four_bit_experts:
         demands.append(("fsdp*tensor", fsdp * tensor, "2 * mlp_dim", 2 * cfg.mlp_dim))
         demands.append(("fsdp*tensor", fsdp * tensor, "embed_dim", cfg.embed_dim))

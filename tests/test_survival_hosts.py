@@ -102,9 +102,8 @@ def left(home, whole):
     launched.processes[1].send_signal(signal.SIGTERM)
     codes, said = launched.end()
     assert codes == [75, 75], said
-    steps = Run(out).steps()
-    assert len(steps) == 1, said
-    assert 5 <= steps[0] < 27
+    steps = Run(out).steps()  # perhaps that of an epoch before it
+    assert 5 <= max(steps, default=0) < 27, said
     return out
 
 

@@ -16,7 +16,6 @@ from jaxtax.checkpoint.digests import begin_digests
 from jaxtax.checkpoint.run_states import Run
 
 
-
 def digest_share(directory: Path, megabytes: int, pairs: int = 15) -> dict[str, float]:
     """What digests add to a save, in pairs of saves with and without, which take turns at being first.
 
