@@ -69,8 +69,9 @@ def test_a_study_told_to_leave_in_training_and_in_an_evaluation_goes_on_to_the_s
         "evaluating": lambda: lines(home / "evaluations" / "reasoning" / "replies.jsonl") >= 8,
     }
     for moment, there in moments.items():
-        code, said, _ = stop_when(start(*study(out)), there)
+        code, said, seconds = stop_when(start(*study(out)), there)
         assert code == 75, (moment, said)
+        assert seconds < 20, (moment, said)
         assert "run the same command again to go on" in said
         assert not list(out.rglob(".owner.json"))
     process = start(*study(out))
