@@ -2,7 +2,8 @@
 
 The parts travel along an axis of their own, in front. Let travel along an inner axis, XLA for GPUs wants that
 axis first in memory, also in what the part was sliced from: it then holds a second copy of all weights of the
-model, turned, for the length of a step. So only the layer at hand is turned.
+model, turned, for the length of a step. So only the layer at hand is turned. For TPUs sums travel along the
+axis itself: of parts in front XLA makes a sum of the whole on every device, twice as much to send.
 
 For code that runs per device, in a shard_map.
 """
@@ -12,6 +13,8 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
+
+from jaxtax.sharding import mesh_platform
 
 
 def gather(part: Array, names: str | tuple[str, ...], axis: int) -> Array:
@@ -28,8 +31,8 @@ def gather(part: Array, names: str | tuple[str, ...], axis: int) -> Array:
 
 def sum_and_split(whole: Array, names: str | tuple[str, ...], axis: int) -> Array:
     """The device's own part along `axis` of the sum over the devices along `names`."""
-    if axis == 0:
-        return lax.psum_scatter(whole, names, scatter_dimension=0, tiled=True)
+    if axis == 0 or mesh_platform() == "tpu":
+        return lax.psum_scatter(whole, names, scatter_dimension=axis, tiled=True)
     parts = whole.reshape(*whole.shape[:axis], lax.axis_size(names), -1, *whole.shape[axis + 1 :])
     return lax.psum_scatter(jnp.moveaxis(parts, axis, 0), names)
 
