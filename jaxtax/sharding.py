@@ -128,6 +128,20 @@ def shardings(tree: Any, mesh: Mesh) -> Any:
     return jax.tree.map(one, tree, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
 
 
+def replicated(tree: Any, mesh: Mesh) -> Any:
+    """The numbers of `tree` on every device of `mesh`; each process gives its own, and nobody waits.
+
+    `jax.device_put` would compare them over all processes, in a wait for each that has neither name nor end.
+    """
+    where = NamedSharding(mesh, P())
+
+    def one(leaf: Any) -> Array:
+        values = np.asarray(leaf)
+        return jax.make_array_from_callback(values.shape, where, lambda index: values[index])
+
+    return jax.tree.map(one, tree)
+
+
 def batch_sharding(mesh: Mesh, *, split_sequence: bool = False) -> NamedSharding:
     """Of the arrays [B, T] of a batch: rows are split over every mesh axis that holds different rows."""
     return NamedSharding(mesh, P(*(AXIS_TO_MESH[axis] or None for axis in row_axes(split_sequence))))

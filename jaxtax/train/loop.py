@@ -21,8 +21,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
 
 from jaxtax.artifact import ORIGIN, digest_run, write_origin
 from jaxtax.checkpoint import Run, save_model
@@ -35,7 +33,7 @@ from jaxtax.hosts.limits import bounds, limits, use
 from jaxtax.hosts.process import is_first_process
 from jaxtax.hosts.watchdog import Budgets, Watchdog
 from jaxtax.progress import Progress, quiet
-from jaxtax.sharding import tell_idle_devices
+from jaxtax.sharding import replicated, tell_idle_devices
 from jaxtax.train.ahead import ahead
 from jaxtax.train.guard import Guard
 from jaxtax.train.job import Job, check_job, start_digest, starting_model
@@ -195,7 +193,7 @@ class _Training:
 
     def _steps(self, reports: Reports) -> None:
         cfg, batches, mesh = self._cfg, self._job.batches, self._job.mesh
-        numbers = jax.device_put(recipe(cfg.optimizer, len(batches)), NamedSharding(mesh, P()))
+        numbers = replicated(recipe(cfg.optimizer, len(batches)), mesh)
         settings = Settings(
             graphdef=self._graphdef,
             decay_all=cfg.optimizer.decay_all,
