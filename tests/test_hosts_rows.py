@@ -19,6 +19,17 @@ MESHES = [
 ]
 
 
+@pytest.fixture(scope="module")
+def fmt():
+    return world_format()
+
+
+@pytest.fixture(scope="module")
+def packed(fmt):
+    """Real conversations, several in a row."""
+    return make(fmt, batch_rows=ROWS, seed=3)
+
+
 def shares(sharding, hosts, shape=(ROWS, TOKENS)):
     """What the devices of each of `hosts` hold, when each has as many, in order."""
     indices = list(sharding.devices_indices_map(shape).values())
@@ -28,17 +39,20 @@ def shares(sharding, hosts, shape=(ROWS, TOKENS)):
 
 @pytest.mark.parametrize(("sizes", "split"), MESHES)
 @pytest.mark.parametrize("hosts", [1, 2, 4, 8])
-def test_the_rows_of_all_hosts_make_the_same_global_batch(sizes, split, hosts):
-    batches = Numbers()
+def test_the_rows_of_all_hosts_make_the_same_global_batch(sizes, split, hosts, packed):
     sharding = batch_sharding(make_mesh(sizes), split_sequence=split)
-    whole, seen = np.asarray(batches[5].tokens_BT), np.full((ROWS, TOKENS), -1)
-    for held in shares(sharding, hosts):
-        rows = rows_of(held, ROWS)
-        made = np.asarray(batches.rows(5, rows).tokens_BT)
-        for rows_held, columns in held:
-            mine = [rows.index(row) for row in range(ROWS)[rows_held]]
-            seen[rows_held, columns] = made[mine][:, columns]
-    np.testing.assert_array_equal(seen, whole)
+    for batches, step in ((Numbers(), 5), (packed, 0), (packed, len(packed) - 1)):
+        whole = batches[step]
+        seen = {name: np.full(batches.shape, -1, getattr(whole, name).dtype) for name in ARRAYS}
+        for held in shares(sharding, hosts, batches.shape):
+            rows = rows_of(held, ROWS)
+            made = batches.rows(step, rows)
+            for rows_held, columns in held:
+                mine = [rows.index(row) for row in range(ROWS)[rows_held]]
+                for name in ARRAYS:
+                    seen[name][rows_held, columns] = getattr(made, name)[mine][:, columns]
+        for name in ARRAYS:
+            np.testing.assert_array_equal(seen[name], getattr(whole, name))
 
 
 def test_a_host_makes_no_row_of_another_when_rows_are_split_over_all_devices():
@@ -46,11 +60,6 @@ def test_a_host_makes_no_row_of_another_when_rows_are_split_over_all_devices():
     assert [rows_of(held, ROWS) for held in shares(sharding, 4)] == [[0, 1], [2, 3], [4, 5], [6, 7]]
     pieces = batch_sharding(make_mesh({"data": 2, "fsdp": 4}), split_sequence=True)
     assert [rows_of(held, ROWS) for held in shares(pieces, 2)] == [[0, 1, 2, 3], [4, 5, 6, 7]]
-
-
-@pytest.fixture(scope="module")
-def fmt():
-    return world_format()
 
 
 @pytest.mark.parametrize("pack", [True, False])
