@@ -1,5 +1,6 @@
 """What the processes of a run do together when they read and write: all succeed, or all know why not."""
 
+import re
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -11,6 +12,7 @@ from jaxtax.hosts.wait import PeerMissing, share
 T = TypeVar("T")
 
 _AFTER_A_FAULT = 60.0  # seconds
+_FULL = re.compile(r"no space left|quota exceeded", re.IGNORECASE)
 
 
 def everyone(name: str, mine: Any, *, seconds: float | None = None) -> list[Any]:
@@ -29,7 +31,8 @@ def together(name: str, action: Callable[[], T]) -> T:
     Raises:
       FailedError: it failed somewhere; all processes raise it, each of them with what failed where.
       RuntimeError: it failed here, and the others do not come out of it within a minute, because inside of it
-        they wait for this process. The run has to end.
+        they wait for this process. The run has to end; over a full disk, as over a lost process, so that it
+        is started again: the next save then looks for room before anybody waits.
       PeerMissing: another process did not come.
     """
     result, fault = None, None
@@ -40,11 +43,12 @@ def together(name: str, action: Callable[[], T]) -> T:
     mine = None if fault is None else _first_line(fault)
     try:
         faults = everyone(name, mine, seconds=None if mine is None else min(limits().save, _AFTER_A_FAULT))
-    except PeerMissing:
+    except PeerMissing as missing:
         if fault is None or is_lost(fault):
             raise
-        # The others are well, and starting all again would only bring this one to the same fault.
-        raise RuntimeError(f"{name}: {mine}; the others wait for this process inside of it") from fault
+        # After any other fault, starting all again would only bring this process to the same.
+        cause = missing if _FULL.search(str(fault)) else fault
+        raise RuntimeError(f"{name}: {mine}; the others wait for this process inside of it") from cause
     found = {number: text for number, text in enumerate(faults) if text is not None}
     if found:
         where = [text if len(faults) == 1 else f"process {number}: {text}" for number, text in found.items()]
