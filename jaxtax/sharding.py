@@ -235,11 +235,9 @@ def check_mesh(
     demands = [
         ("*".join(row_names), rows_split, "batch_rows / micro_batches", rows),
         ("fsdp", fsdp, "embed_dim", cfg.embed_dim),
-        ("tensor", tensor, "num_heads", cfg.num_heads),
-        ("tensor", tensor, "num_kv_heads", cfg.num_kv_heads),
-        ("tensor", tensor, "mlp_dim", cfg.mlp_dim),
-        ("tensor", tensor, "vocab_size", cfg.vocab_size),
     ]
+    for what in ("num_heads", "num_kv_heads", "mlp_dim", "vocab_size"):
+        demands.append(("tensor", tensor, what, getattr(cfg, what)))
     if cfg.moe is not None:  # of a dense model, `expert` holds rows and nothing else
         demands.append(("expert", expert, "num_experts", cfg.moe.num_experts))
     if four_bit_experts:
