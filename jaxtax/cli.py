@@ -7,6 +7,8 @@ or its files, 75 told to leave (SIGTERM) with all that is needed to go on, 130 i
 those of runs in several processes.
 """
 
+import os
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,9 +17,10 @@ from typer.core import TyperGroup
 
 import jaxtax
 from jaxtax import cli_convert, cli_doctor, cli_plan
-from jaxtax.cli_faults import faults_in_words
-from jaxtax.cli_output import open_progress, say
+from jaxtax.cli_faults import as_a_process, faults_in_words
+from jaxtax.cli_output import in_lines, open_progress, say
 from jaxtax.hosts.leave import exits_hard
+from jaxtax.hosts.memory import take_share
 from jaxtax.hosts.start import start, start_alone
 
 ORDER = ("study", "train", "eval", "report", "generate", "convert", "data", "show", "bench", "doctor", "plan")
@@ -68,7 +71,8 @@ app.command()(cli_plan.plan)
 
 def main() -> None:
     """The console script."""
-    app(prog_name="jaxtax")
+    with as_a_process(sys.argv[1:]):
+        app(prog_name="jaxtax")
 
 
 def _print_version(wanted: bool) -> None:
@@ -110,6 +114,7 @@ def study(
     Base, reasoning, safety arms, an evaluation of each epoch, and the report in out/report.
     """
     cfg = _read(config, overrides, "study")
+    from jaxtax.owner import process_began
     from jaxtax.study import check, study
 
     if dry_run:
@@ -118,7 +123,7 @@ def study(
         return
     start()
     with open_progress("study") as progress:
-        report = study(cfg, progress=progress)
+        report = study(cfg, progress=progress, began=process_began())
     say(report=report / "index.html", numbers=report / "summary.json", next=f"jaxtax show {cfg.out}")
 
 
@@ -246,7 +251,7 @@ def show(
     from jaxtax.show import describe
 
     description = describe(directory)
-    say(**description.facts)
+    print(in_lines(description.facts))
     if not description.intact:
         raise typer.Exit(1)
 
@@ -264,4 +269,5 @@ def bench(
     """Measure the speed of training and generation on this machine."""
     from jaxtax.bench import main as run
 
+    take_share(os.environ)
     run(names or [], json_path)

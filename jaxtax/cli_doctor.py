@@ -1,5 +1,7 @@
 """The verb `jaxtax doctor`: what would go wrong on this machine, or on all of a run's, before it starts."""
 
+import os
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -26,11 +28,12 @@ def doctor(
 
     Devices, versions, disk, network, clocks and settings; exit code 1 when something fails.
     """
-    from jaxtax.artifact import write_json
     from jaxtax.doctor import as_table
     from jaxtax.doctor.visit import meet, visit
 
     cfg = _read(config, overrides or [])
+    if json_path is not None and _is_first():
+        _check_file(json_path)
     here = visit(cfg)
     report, speaks = here.report, True
     if hosts and here.can_meet:
@@ -38,12 +41,50 @@ def doctor(
         if not report.passed:
             print(f"on {here.machine.host}, before it meets the others:\n{as_table(report)}", flush=True)
         report, speaks = meet(here, getattr(cfg, "hosts", None))
-    if speaks and json_path is not None:
-        write_json(json_path, report.as_json())
+    written = True
     if speaks:
-        print(as_table(report))
+        print(as_table(report), flush=True)
+        written = json_path is None or _write(json_path, report.as_json())
     if not report.passed:
         raise typer.Exit(1)
+    if not written:
+        raise typer.Exit(2)
+
+
+def _is_first() -> bool:
+    """Whether this process will speak for all, as far as its launcher says."""
+    from jaxtax.hosts.detect import detect
+
+    try:
+        return detect(os.environ).index == 0
+    except ValueError:  # a finding
+        return True
+
+
+def _check_file(path: Path) -> None:
+    """Checks that `path` can be written, before the work.
+
+    Raises:
+      ValueError: it cannot.
+    """
+    if os.path.isdir(path):
+        raise ValueError(f"--json {path} is a directory; give the name of a file in it")
+    if not os.path.isdir(path.parent):
+        raise ValueError(f"--json {path}: there is no directory {path.parent}; make it, or give another FILE")
+    if not os.access(path.parent, os.W_OK | os.X_OK):
+        raise ValueError(f"--json {path}: {path.parent} cannot be written to; give another FILE")
+
+
+def _write(path: Path, found: dict[str, Any]) -> bool:
+    """Writes `found` as JSON; says so if it cannot."""
+    from jaxtax.artifact import in_words, write_json
+
+    try:
+        write_json(path, found)
+    except OSError as error:
+        print(f"--json {path} could not be written ({in_words(error)}); give another FILE", file=sys.stderr)
+        return False
+    return True
 
 
 def _read(config: Path | None, overrides: list[str]) -> Any:

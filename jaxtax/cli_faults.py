@@ -4,7 +4,7 @@ import os
 import signal
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,41 +15,78 @@ from jaxtax.hosts.leave import (
     EXIT_INTERRUPTED,
     EXIT_REFUSED,
     StoppedError,
+    end,
     failed_at_work,
-    leaves_at_once,
 )
+from jaxtax.hosts.told import GO_ON, leave_when_told
+from jaxtax.tell import let_go, tell
 
 GOES_ON = ("study", "train", "eval", "convert")
+
+
+@contextmanager
+def as_a_process(words: Sequence[str]) -> Iterator[None]:
+    """For the command as a process of its own: it leaves when it is told to, and ends with the code it means.
+
+    Args:
+      words: of the command line, after its name.
+    """
+    verb = next((word for word in words if not word.startswith("-")), "")
+    leave_when_told(goes_on=verb in GOES_ON)
+    code = 0
+    try:
+        yield
+    except SystemExit as ended:  # typer always ends so
+        code = ended.code or 0
+        if not isinstance(code, int):
+            raise
+    except Exception as error:
+        tell("".join(traceback.format_exception(error)).rstrip())
+        code = EXIT_FAILED
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # all is done
+    let_go(sys.stderr)
+    if code or verb in GOES_ON:  # what others print is their result, and to lose it is a fault
+        let_go(sys.stdout)
+    if code:
+        # What was broken off may still be at work in JAX's threads, and crash under Python's tidying up.
+        os._exit(code)
 
 
 @contextmanager
 def faults_in_words(ctx: Any) -> Iterator[None]:
     """Turns what a user can cause into a message and an exit code; JAXTAX_TRACEBACK=1 lets it through."""
     try:
-        with leaves_at_once():
-            yield
-    except KeyboardInterrupt:
-        how = "; run the same command again to go on" if ctx.invoked_subcommand in GOES_ON else ""
-        print(f"\ninterrupted{how}", file=sys.stderr)
-        sys.exit(EXIT_INTERRUPTED)
-    except StoppedError as stopped:
-        again = ctx.invoked_subcommand in GOES_ON
-        print(f"{stopped}{'; run the same command again to go on' if again else ''}", file=sys.stderr)
-        sys.exit(EXIT_AGAIN if again else 128 + signal.SIGTERM)
+        yield
+    except KeyboardInterrupt as error:
+        end(EXIT_INTERRUPTED, f"\ninterrupted{_again(ctx)}", error)
+    except StoppedError as error:
+        end(EXIT_AGAIN if _again(ctx) else 128 + signal.SIGTERM, f"{error}{_again(ctx)}", error)
     except (ValueError, OSError, FloatingPointError) as error:
-        from jaxtax.artifact import DamagedError, FailedError
-
         if os.environ.get("JAXTAX_TRACEBACK"):
             raise
-        says_all = isinstance(error, (FloatingPointError, DamagedError, FailedError))
-        if failed_at_work(error) and not says_all:
-            traceback.print_exc()
-            print(f"failed when the work had begun: {error}", file=sys.stderr)
-            sys.exit(EXIT_FAILED)
-        print(error, file=sys.stderr)
-        if says_all:
-            sys.exit(EXIT_FAILED)
-        raised_in = traceback.extract_tb(error.__traceback__)[-1].filename
-        if not Path(raised_in).is_relative_to(Path(__file__).parent):  # perhaps no fault of the user's
-            print(f"({type(error).__name__}; JAXTAX_TRACEBACK=1 shows where it came up)", file=sys.stderr)
-        sys.exit(EXIT_REFUSED)
+        code, words = _in_words(error)
+        end(code, words, error)
+
+
+def _again(ctx: Any) -> str:
+    """What to say of a verb that goes on; empty: it does not. `ctx` knows the verb once it runs."""
+    return GO_ON if ctx.invoked_subcommand in GOES_ON else ""
+
+
+def _in_words(error: Exception) -> tuple[int, str]:
+    """Exit code and message."""
+    from jaxtax.artifact import DamagedError, FailedError
+
+    if isinstance(error, (FloatingPointError, DamagedError, FailedError)):  # they say all
+        return EXIT_FAILED, str(error)
+    if failed_at_work(error):
+        stack = "".join(traceback.format_exception(error))
+        return EXIT_FAILED, f"{stack}failed when the work had begun: {error}"
+    raised_in = traceback.extract_tb(error.__traceback__)[-1].filename
+    if Path(raised_in).is_relative_to(Path(__file__).parent):
+        return EXIT_REFUSED, str(error)
+    # Perhaps no fault of the user's.
+    return (
+        EXIT_REFUSED,
+        f"{error}\n({type(error).__name__}; JAXTAX_TRACEBACK=1 shows where it came up)",
+    )

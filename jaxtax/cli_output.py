@@ -1,17 +1,23 @@
 """What the verbs of the command show: the facts they end with, and how far they are."""
 
+import sys
+from collections.abc import Mapping
 from typing import Any
 
 from jaxtax.hosts import store
+from jaxtax.tell import tell
 
 
 def say(**facts: Any) -> None:
     """What a verb ends with: where its result is, and the next useful command; one process speaks for all."""
-    if store.index() != 0:
-        return
+    if store.index() == 0:
+        tell(in_lines(facts), sys.stdout)  # the work is done, whether or not somebody can read of it
+
+
+def in_lines(facts: Mapping[str, Any]) -> str:
+    """Names and values, one below the other."""
     width = max(map(len, facts))
-    for name, value in facts.items():
-        print(f"{name:<{width}}  {value}")
+    return "\n".join(f"{name:<{width}}  {value}" for name, value in facts.items())
 
 
 def open_progress(name: str) -> Any:

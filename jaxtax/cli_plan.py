@@ -39,7 +39,7 @@ def plan(
 
     Neither data nor weights need be there. Compilers for GPUs and TPUs: make install-plan.
     """
-    kind = _kind(topology, decode, forward, experts)
+    kind = _kind(topology, decode, forward, experts, json_path)
     from jaxtax.config import TrainConfig
     from jaxtax.config_file import check_kind, load
 
@@ -55,12 +55,12 @@ def plan(
         cfg, topology, name=str(config), kind=kind, experts=held, tries=tries,
         say=lambda words: print(words, file=sys.stderr),
     )  # fmt: skip
+    print(table(report), flush=True)
     if json_path is not None:
         write_json(json_path, report.as_json())
-    print(table(report))
 
 
-def _kind(topology: str, decode: bool, forward: bool, experts: str | None) -> Any:
+def _kind(topology: str, decode: bool, forward: bool, experts: str | None, json_path: Path | None) -> Any:
     faults = []
     if not topology:
         faults.append("--topology is missing; give a machine, as in --topology h100:8x8")
@@ -68,6 +68,10 @@ def _kind(topology: str, decode: bool, forward: bool, experts: str | None) -> An
         faults.append("--decode and --forward are two plans; give one of them")
     if experts not in (None, "plain", "mxfp4"):
         faults.append(f"--experts {experts}: expected plain or mxfp4")
+    if json_path is not None and not json_path.parent.is_dir():
+        faults.append(f"--json {json_path}: there is no directory {json_path.parent}; make it first")
+    elif json_path is not None and json_path.is_dir():
+        faults.append(f"--json {json_path} is a directory; give a file")
     if faults:
         raise ValueError("\n".join(faults))
     return "decode" if decode else "forward" if forward else "train"

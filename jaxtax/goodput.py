@@ -10,6 +10,8 @@ sums are the wall time. The work that a killed session did after its last save, 
 "lost", up to the last sign of life: while a session lives, the file's time of change is the present second,
 and the next session notes it. What no session accounts for, from there to the next one's beginning, is
 "down".
+
+A study writes such a file, too; instead of KINDS it has the names of its parts, and nothing of it is lost.
 """
 
 import os
@@ -85,13 +87,20 @@ class Ledger:
     def doing(self, kind: str) -> Iterator[None]:
         """Counts the time of the block as `kind`."""
         assert kind in KINDS, kind
-        self._count()
-        self._kinds.append(kind)
-        try:
+        with self._counted_as(kind):
             yield
-        finally:
-            self._count()
-            self._kinds.pop()
+
+    @contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        """Counts the time of the block, a part of a study, under its name.
+
+        What begins is written at once: it is what a session did that is killed.
+        """
+        self._count()
+        self._write(doing=name)
+        with self._counted_as(name):
+            yield
+        self._write()
 
     def now(self, kind: str) -> None:
         """Counts the time from here on as `kind`, outside of `doing`."""
@@ -106,10 +115,14 @@ class Ledger:
         if self._last - self._written >= _EVERY:
             self._write()
 
-    def saved(self) -> None:
-        """Says that all so far is in a saved state: what comes now may get lost, what was cannot."""
+    def saved(self, state: int | None = None) -> None:
+        """Says that all so far is saved: what comes now may get lost, what was cannot.
+
+        Args:
+          state: the step whose state was saved just now; None: it was something else, or earlier.
+        """
         self._count()
-        self._write()
+        self._write(**({} if state is None else {"saved": state}))
 
     def event(self, text: str) -> None:
         """Notes something out of the ordinary."""
@@ -127,6 +140,16 @@ class Ledger:
         self._write(closed=True)
         if self._lines is not None:
             self._lines.flush()
+
+    @contextmanager
+    def _counted_as(self, kind: str) -> Iterator[None]:
+        self._count()
+        self._kinds.append(kind)
+        try:
+            yield
+        finally:
+            self._count()
+            self._kinds.pop()
 
     def _count(self) -> None:
         now = time.monotonic()
@@ -154,21 +177,25 @@ def _beat(path: Path, zero: float, ended: threading.Event) -> None:
             continue
 
 
-def read_goodput(run: Path) -> dict[str, Any] | None:
-    """What a run's ledger adds up to; None if it has none.
+def read_goodput(directory: Path, *, until: float | None = None) -> dict[str, Any] | None:
+    """What the ledger of a run or a study adds up to; None if it has none.
+
+    Args:
+      until: the present, as time.time() tells, for a study of which a part is at work.
 
     Returns:
-      wall: seconds from the beginning of its first session to its last line. seconds: {kind: seconds}, which
-      add up to `wall`. sessions: their number. events: [[time, text], ...].
+      began: when its first session did, as time.time() tells. wall: seconds from there to its last line, or
+      to `until`. seconds: {kind or part: seconds}, which add up to `wall`. sessions: their number. step: of
+      the newest line that has one. saves: seconds of each state that was saved. events: [[time, text], ...].
 
     Raises:
       ValueError: the ledger is not one.
     """
     try:
-        lines = read_json_lines(run / LEDGER)
-        return _added_up(lines) if lines else None
+        lines = read_json_lines(directory / LEDGER)
+        return _added_up(lines, until) if lines else None
     except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{run / LEDGER} is not a ledger that jaxtax wrote: {error}") from error
+        raise ValueError(f"{directory / LEDGER} is not a ledger that jaxtax wrote: {error}") from error
 
 
 def goodput_in_words(found: dict[str, Any]) -> str:
@@ -183,7 +210,15 @@ def goodput_in_words(found: dict[str, Any]) -> str:
     return f"{found['wall']:,.1f} s{sessions}: {told}"
 
 
-def _added_up(lines: list[dict[str, Any]]) -> dict[str, Any]:
+def saves_in_words(found: dict[str, Any]) -> str | None:
+    """How many states were saved, and how long that took; None: none was, or the ledger does not tell."""
+    saves = found["saves"]
+    if not saves:
+        return None
+    return f"{len(saves):,}, in {sum(saves) / len(saves):,.2f} s each; the last in {saves[-1]:,.2f} s"
+
+
+def _added_up(lines: list[dict[str, Any]], until: float | None) -> dict[str, Any]:
     seconds = dict.fromkeys(KINDS, 0.0)
     sessions: dict[int, list[dict[str, Any]]] = {}
     for line in lines:
@@ -195,21 +230,34 @@ def _added_up(lines: list[dict[str, Any]]) -> dict[str, Any]:
         for line in part:
             lost = later is not None and line["step"] is not None and line["step"] > later
             for kind, spent in line["seconds"].items():
-                seconds["lost" if lost else kind] += spent
+                counted = "lost" if lost else kind
+                seconds[counted] = seconds.get(counted, 0.0) + spent
         if number:
-            last, began = parts[number - 1][-1]["time"], part[0]["began"]
+            before = parts[number - 1][-1]
+            last, began = before["time"], part[0]["began"]
             # Between lines the clock of a file server may have set the time: it is not believed beyond these.
             # A session that was closed did nothing after its last line.
-            closed = parts[number - 1][-1].get("closed", False)
+            closed = before.get("closed", False)
             alive = last if closed else min(max(part[0].get("before", last), last), max(began, last))
-            seconds["lost"] += alive - last
+            _add_rest(seconds, before, alive)
             seconds["down"] += max(0.0, began - alive)
+    if until is not None and "doing" in lines[-1]:
+        _add_rest(seconds, lines[-1], max(until, lines[-1]["time"]))
     return {
+        "began": lines[0]["began"],
         "wall": sum(seconds.values()),
         "seconds": seconds,
         "sessions": len(parts),
+        "step": next((line["step"] for line in reversed(lines) if line["step"] is not None), None),
+        "saves": [line["seconds"].get("save", 0.0) for line in lines if "saved" in line],
         "events": [[line["time"], line["event"]] for line in lines if "event" in line],
     }
+
+
+def _add_rest(seconds: dict[str, float], line: dict[str, Any], alive: float) -> None:
+    """Adds what came after the last line of a session, up to its last sign of life."""
+    kind = line.get("doing", "lost")
+    seconds[kind] = seconds.get(kind, 0.0) + alive - line["time"]
 
 
 def _steps(part: list[dict[str, Any]]) -> list[int]:

@@ -10,6 +10,7 @@ it moves, the owner lives; as it stands still for LEASE seconds, the owner is ta
 not agree, and no file lock is needed, which network file systems do not all keep.
 """
 
+import contextlib
 import json
 import os
 import socket
@@ -23,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxtax.artifact import in_words
+from jaxtax.hosts.news import given_back
 
 OWNER = ".owner.json"
 BEAT = 2.0  # seconds from one sign of life to the next
@@ -56,16 +58,33 @@ class Claim:
     def check(self) -> None:
         """Checks that the directory is still this process's own; to be called before it is written to.
 
+        A claim that cannot be read now, on a network disk, is left to the next check.
+
         Raises:
           ValueError: another process took it, because this one stood still for too long.
         """
-        there = _read(self._path)
-        if there is None or there.get("token") != self._me["token"]:
-            whose = "nobody" if there is None else _described(there)
+        try:
+            whose = self._other()
+        except OSError:
+            return
+        if whose is not None:
             raise ValueError(
                 f"{self._path.parent} is no longer this process's own: it stood still for more than "
                 f"{LEASE:g} seconds, and the directory now belongs to {whose}"
             )
+
+    def _other(self) -> str | None:
+        """Who has the directory instead of this process, in words; None: this process has it.
+
+        Raises:
+          OSError: that cannot be told now.
+        """
+        there = _read(self._path)
+        if there == {}:
+            raise OSError(f"{self._path} cannot be read")
+        if there is not None and there.get("token") == self._me["token"]:
+            return None
+        return "nobody" if there is None else _described(there)
 
     def _take(self) -> bool:
         """Creates the file; False if there is one."""
@@ -86,11 +105,10 @@ class Claim:
 
     def _beat(self) -> None:
         while not self._stop.wait(BEAT):
-            there = _read(self._path)
-            if there is None or there.get("token") != self._me["token"]:
-                return  # `check` will say so
-            self._beats += 1
             try:
+                if self._other() is not None:
+                    return  # `check` will say so
+                self._beats += 1
                 # In place: a write to a full disk could not make a second file.
                 with self._path.open("r+", encoding="utf-8") as file:
                     file.write(self._line())
@@ -101,9 +119,9 @@ class Claim:
         self._stop.set()
         if self._thread.is_alive():
             self._thread.join()
-        there = _read(self._path)
-        if there is not None and there.get("token") == self._me["token"]:
-            self._path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # a claim that stays is that of a dead process
+            if self._other() is None:
+                self._path.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -123,7 +141,8 @@ def claim(directory: Path, what: str, *, say: Callable[[str], None] | None = Non
         _remove_dead(directory, say)
     claim._thread.start()
     try:
-        yield claim
+        with given_back(claim._leave):
+            yield claim
     finally:
         claim._leave()
 
@@ -134,6 +153,18 @@ def is_held(directory: Path, token: str) -> bool:
         return (_read(directory / OWNER) or {}).get("token") == token
     except OSError:  # a directory that this process may not look into
         return False
+
+
+def owner_of(directory: Path) -> tuple[str, bool] | None:
+    """Who claims `directory`, in words, and whether it lives (as PATIENCE seconds show); None: nobody."""
+    first = now = _read(directory / OWNER)
+    if first is not None and first.get("machine") == _machine():
+        return _described(first), process_started(int(first["pid"])) == first.get("started")
+    end = time.monotonic() + PATIENCE
+    while now is not None and now == first and time.monotonic() < end:
+        time.sleep(BEAT / 4)
+        now = _read(directory / OWNER)
+    return None if now is None else (_described(now), now != first)
 
 
 def process_started(pid: int) -> str | None:
@@ -185,15 +216,23 @@ def _machine() -> str:
 
 
 def _read(path: Path) -> dict[str, Any] | None:
-    """The owner's record; None if there is none, empty if it cannot be read."""
+    """The owner's record; None if there is none, empty if it is none.
+
+    Raises:
+      OSError: three times in a row.
+    """
+    fault = None
     for _ in range(3):
         try:
             found = json.loads(path.read_text(encoding="utf-8"))
             return found if isinstance(found, dict) else {}
         except FileNotFoundError:
             return None
-        except ValueError:
-            time.sleep(0.05)  # read in the middle of a write
+        except (ValueError, OSError) as error:  # read in the middle of a write; a network disk: ESTALE
+            fault = error
+            time.sleep(0.05)
+    if isinstance(fault, OSError):
+        raise fault
     return {}
 
 

@@ -1,6 +1,5 @@
 """What an artifact is, in words: `jaxtax show DIR`."""
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,7 +7,7 @@ from typing import Any
 
 from jaxtax import artifact
 from jaxtax.artifact import ORIGIN, DamagedError
-from jaxtax.goodput import goodput_in_words, read_goodput
+from jaxtax.show_run import DATA, is_begun, unfinished, what_happened
 
 
 @dataclass(frozen=True)
@@ -22,9 +21,13 @@ class Description:
 def describe(directory: Path) -> Description:
     """What `directory` is, where it comes from, how large it is, and whether it still is what was written.
 
+    Of a training run that has not ended: how far it is.
+
     Raises:
       ValueError: it is no artifact, or one whose files are not to be read.
     """
+    if is_begun(directory) and not (directory / ORIGIN).exists():
+        return Description(_told(directory, "run", DATA, lambda: unfinished(directory)), intact=True)
     origin = artifact.read_origin(directory)
     _check_origin(directory, origin)
     libraries = {"jaxtax": origin["jaxtax"]} | origin["versions"]
@@ -37,15 +40,24 @@ def describe(directory: Path) -> Description:
         "size": f"{readable_bytes(sum(path.stat().st_size for path in files))} in {len(files):,} files",
     }
     details, file = _DETAILS[origin["kind"]]
-    try:
-        facts |= details(directory, origin)
-    except (OSError, LookupError, TypeError, AttributeError) as error:
-        raise ValueError(
-            f"{directory} is a damaged {origin['kind']} directory: {directory / file} is not what jaxtax "
-            f"writes: {artifact.in_words(error)}"
-        ) from error
+    facts |= _told(directory, origin["kind"], file, lambda: details(directory, origin))
     facts_of_content, intact = _check_content(directory, origin)
     return Description(facts | facts_of_content, intact)
+
+
+def _told(directory: Path, kind: str, file: str, tell: Callable[[], dict[str, str]]) -> dict[str, str]:
+    """What `tell` reads from `file`, above all.
+
+    Raises:
+      ValueError: it is not what jaxtax writes.
+    """
+    try:
+        return tell()
+    except (OSError, LookupError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{directory} is a damaged {kind} directory: {directory / file} is not what jaxtax writes: "
+            f"{artifact.in_words(error)}"
+        ) from error
 
 
 def readable_bytes(count: int) -> str:
@@ -157,25 +169,8 @@ def _system(system: dict[str, Any] | None) -> str:
 
 
 def _run(directory: Path, origin: dict[str, Any]) -> dict[str, str]:
-    facts = {}
-    path = directory / "metrics.jsonl"
-    rows = [row for row in path.read_bytes().split(b"\n") if row.strip()]
-    if rows:
-        try:
-            last = json.loads(rows[-1])
-        except ValueError as error:
-            raise ValueError(f"{path}: its last line is not JSON ({error})") from error
-        facts["last"] = ", ".join(
-            f"{key} {value:,.4g}" if isinstance(value, float) else f"{key} {value}"
-            for key, value in last.items()
-        )
-    if (spent := read_goodput(directory)) is not None:
-        facts["time"] = goodput_in_words(spent)
-        facts |= {
-            "event" if not at else f"event {at + 1}": text for at, (_, text) in enumerate(spent["events"])
-        }
     model = directory / "model"
-    return facts | {
+    return what_happened(directory) | {
         "model": str(model),
         "parameters": f"{artifact.read_origin(model, 'model')['parameters']:,}",
     }

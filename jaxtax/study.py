@@ -5,6 +5,7 @@ skips what is complete and continues what was interrupted, so that a killed stud
 uninterrupted one. Of several processes, all train and draw replies; the first one writes, judges and reports.
 """
 
+import contextlib
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from typing import Any
 from jaxtax.artifact import ORIGIN, read_json, read_origin, write_json, write_origin, write_text
 from jaxtax.config import EvalConfig, ModelChoice, Stage, StudyConfig, TrainConfig
 from jaxtax.config_file import dump
+from jaxtax.goodput import Ledger
 from jaxtax.hosts.first import await_seen, first_does
 from jaxtax.progress import Progress, quiet
 from jaxtax.study_check import check_chain, check_evaluated, check_place, check_study
@@ -54,8 +56,11 @@ class Part:
         return (self.directory / ORIGIN).exists()
 
 
-def study(cfg: StudyConfig, *, progress: Progress | None = None) -> Path:
+def study(cfg: StudyConfig, *, progress: Progress | None = None, began: float | None = None) -> Path:
     """Runs whatever part of the study is not there yet, and returns the directory of its report.
+
+    Args:
+      began: when the work for it began, as time.time() tells, for the ledger; None: now.
 
     Raises:
       ValueError: the directory holds another study, or a part cannot run as configured.
@@ -63,15 +68,17 @@ def study(cfg: StudyConfig, *, progress: Progress | None = None) -> Path:
     from jaxtax.train.ownership import owned  # a dry run does without jax
 
     progress = progress or quiet("study")
+    ledger = Ledger(began=began)
     parts = check(cfg)
     progress.total = sum(part.effort for part in parts)
-    with owned(cfg.out, "a study", progress.say):
-        first_does("beginning the study", lambda: _begin(cfg, progress), seconds=_ALONE)
+    with owned(cfg.out, "a study", progress.say), _closing(ledger):
+        first_does("beginning the study", lambda: _begin(cfg, parts, ledger, progress), seconds=_ALONE)
         for part in parts:
             if first_does("whether a part is done", lambda part=part: part.done and not part.again):
                 progress.skip(part.name, weight=part.effort)
                 continue
-            with progress.stage(part.name, weight=part.effort) as stage:
+            place = part.directory.relative_to(cfg.out).as_posix()
+            with progress.stage(part.name, weight=part.effort) as stage, ledger.part(place):
                 if part.together:
                     part.run(stage)
                 else:
@@ -80,8 +87,19 @@ def study(cfg: StudyConfig, *, progress: Progress | None = None) -> Path:
     return cfg.out / "report"
 
 
-def _begin(cfg: StudyConfig, progress: Progress) -> None:
+@contextlib.contextmanager
+def _closing(ledger: Ledger) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):  # where the time went is no reason to fail
+            ledger.close()
+
+
+def _begin(cfg: StudyConfig, parts: list[Part], ledger: Ledger, progress: Progress) -> None:
     write_text(cfg.out / "config.yaml", dump(cfg))
+    if not all(part.done for part in parts):  # else it is only reported once more, perhaps much later
+        ledger.open(cfg.out)
     _look_for_overlap(cfg, progress)
     _write_index(cfg)
 

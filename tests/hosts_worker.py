@@ -12,8 +12,9 @@ import time
 from pathlib import Path
 
 from jaxtax.hosts import store
-from jaxtax.hosts.leave import exits_hard, stop_signal, stop_wanted
+from jaxtax.hosts.leave import exits_hard
 from jaxtax.hosts.start import start
+from jaxtax.hosts.told import stop_signal, stop_wanted
 from jaxtax.hosts.wait import PeerMissing, barrier, share
 from jaxtax.hosts.watchdog import Budgets, Watchdog
 

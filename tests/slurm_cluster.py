@@ -113,14 +113,14 @@ class Cluster:
             self.run("slurmd", "-N", node)
         wait_for(lambda: self.run("sinfo", "-h", "-o", "%D %t").strip() == "2 idle", "two idle nodes", 20)
 
-    def run(self, *command: str, cwd: Path | None = None, **environment: str) -> str:
+    def run(self, *command: str, **environment: str) -> str:
         """What a command says that runs inside, on the first node; an error when it fails."""
         pid = str(self._namespace.pid)
         entered = ["nsenter", "--target", pid, "--mount", "--net", "--uts", f"--pid={self._inside}", "--"]
         settings = {"SLURM_CONF": str(self._home / "slurm.conf"), **environment}
         assignments = [f"{name}={value}" for name, value in settings.items()]
         done = subprocess.run(
-            [*entered, "env", *assignments, *command], capture_output=True, text=True, check=False, cwd=cwd
+            [*entered, "env", *assignments, *command], capture_output=True, text=True, check=False
         )
         assert done.returncode == 0, f"{' '.join(command)}: {done.stdout}{done.stderr}"
         return done.stdout

@@ -1,6 +1,7 @@
 """The doctor: a healthy machine has no fault, and each of many seeded faults is found and has a cure."""
 
 import json
+import re
 import socket
 import subprocess
 import sys
@@ -15,11 +16,11 @@ from jaxtax.cli import app
 from jaxtax.doctor import as_table, examine
 from jaxtax.doctor.finding import Devices, Machine, Place, Wanted
 from jaxtax.doctor.look import addresses, broken_demands, devices, look_at, settings
-from jaxtax.doctor.meeting import with_peers
+from jaxtax.doctor.meeting import ELSEWHERE, TAKEN, UNKNOWN_NAME, with_peers
 
 ROOT = Path(__file__).parent.parent
 GIB = 1 << 30
-WANTED = Wanted(devices=16, disk=40 * 10**9, disk_parts="3 states of 12.0 GB, 1 models of 4.0 GB")
+WANTED = Wanted(devices={"mesh": 16}, disk=40 * 10**9, disk_parts="3 states of 12.0 GB, 1 models of 4.0 GB")
 
 # One of two nodes of a cluster with eight GPUs each, under Slurm, with InfiniBand, and all is well.
 HEALTHY = Machine(
@@ -91,6 +92,13 @@ SEEDED = {
         {"devices": Devices("gpu", "NVIDIA H100", 7), "processes": 1, "nodes": 1},
         "fail", "devices", "sees 7 of 8",
     ),
+    "too few GPUs on every node": (
+        {"devices": Devices("gpu", "NVIDIA H100", 1)}, "fail", "devices", "sees 1 of 8 accelerators",
+    ),
+    "a platform that is not installed": (
+        {"devices": Devices(fault="JAX_PLATFORMS=cuda, and no such device is found")},
+        "fail", "devices", "unset JAX_PLATFORMS, or install what it names",
+    ),
     "the one GPU of a task's number": (
         with_settings(JAX_LOCAL_DEVICE_IDS="0"), "fail", "devices", "unset JAX_LOCAL_DEVICE_IDS",
     ),
@@ -148,6 +156,17 @@ SEEDED = {
     "a coordinator behind a firewall": (
         {"coordinator_fault": "no answer within 5 s"}, "fail", "coordinator", "open that port",
     ),
+    "a coordinator whose name nobody knows": (
+        {"coordinator_fault": f"the name n1 {UNKNOWN_NAME} (Name or service not known)"},
+        "fail", "coordinator", "with the address of process 0's machine, or put its name into DNS",
+    ),
+    "a port that is taken": (
+        {"coordinator_fault": f"port 61440 {TAKEN}"}, "fail", "coordinator", "with another port",
+    ),
+    "a coordinator elsewhere": (
+        {"coordinator_fault": f"n1 {ELSEWHERE}, and process 0 is here"},
+        "fail", "coordinator", "start process 0 there",
+    ),
     "a number too high": (
         {"unfit": "JAXTAX_PROCESS_ID=2 of 2"}, "fail", "coordinator", "JAXTAX_PROCESS_ID=2 of 2",
     ),
@@ -168,7 +187,7 @@ SEEDED = {
     "a directory in memory": ({"place": replace(HEALTHY.place, filesystem="tmpfs")}, "warn", "out", "tmpfs"),
     "a full disk": (
         {"place": replace(HEALTHY.place, free=39 * 10**9)},
-        "fail", "room", "39.0 GB free; the run needs 40.0 GB",
+        "fail", "room", "39 GB free; the run needs 40 GB (3 states of 12.0 GB, 1 models of 4.0 GB) make room",
     ),
 }  # fmt: skip
 
@@ -209,15 +228,51 @@ def test_hosts_whose_clocks_differ_are_named():
 
 
 def test_a_mesh_without_its_devices_is_told():
-    seen = found([HEALTHY, peer()], replace(WANTED, devices=32))
+    seen = found([HEALTHY, peer()], replace(WANTED, devices={"mesh": 32}))
     assert [(one[0], one[1]) for one in seen] == [("fail", "mesh")]
     assert "needs 32 devices; found 16 on 2 hosts" in seen[0][2]
 
 
+def test_devices_that_are_left_over_fail_several_processes_and_warn_a_single_one():
+    few = replace(WANTED, devices={"mesh": 16, "evaluation.mesh": 4})
+    seen = found([HEALTHY, peer()], few)
+    assert [(one[0], one[1]) for one in seen] == [("fail", "mesh")]
+    assert (
+        "evaluation.mesh of the config is of 4 devices; the 2 processes have 16, and all have to"
+        in seen[0][2]
+    )
+    alone = replace(HEALTHY, processes=1, nodes=1, coordinator=None, settings={})
+    seen = found([alone], replace(WANTED, devices={"mesh": 6}))
+    assert [(one[0], one[1]) for one in seen] == [("warn", "mesh")]
+    assert "2 of 8 devices stay idle: mesh of the config is of 6" in seen[0][2]
+
+
+def test_what_the_verb_refuses_is_a_finding_with_its_details_and_its_cure():
+    details = "".join(f"\n  key_{number}: 1 there, 2 here" for number in range(8))
+    text = f"out=run holds a run with another config; give another out=DIR, or remove it:{details}"
+    [row] = [row for row in examine([HEALTHY], Wanted(refused=(text,))).rows if row.check == "config"]
+    assert row.finding.verdict == "fail"
+    assert row.finding.found.startswith(
+        "out=run holds a run with another config: key_0: 1 there, 2 here, key_1"
+    )
+    assert row.finding.found.endswith(", and 2 more")
+    assert row.finding.todo == "give another out=DIR, or remove it"
+
+
+def test_of_a_single_host_mesh_and_disk_are_told_when_they_are_well():
+    alone = replace(HEALTHY, processes=1, nodes=1, coordinator=None, settings={})
+    well = examine([alone], replace(WANTED, devices={"mesh": 8})).rows
+    told = {row.check: row.finding.found for row in well}
+    assert all(row.finding.verdict == "ok" for row in well)
+    assert told["mesh"] == "mesh of the config is of 8 devices, and there are 8"
+    assert told["room"].startswith("out=/shared/run has 1 TB free; the run needs 40 GB (3 states of")
+    assert "room" not in {row.check for row in examine([alone], Wanted()).rows}
+
+
 def test_processes_that_share_all_gpus_of_a_node_do_not_count_them_twice():
     tasks = [replace(HEALTHY, process=i, processes=8, nodes=1, settings={}) for i in range(8)]
-    assert found(tasks, replace(WANTED, devices=8)) == []
-    assert [one[1] for one in found(tasks, replace(WANTED, devices=9))] == ["mesh"]
+    assert found(tasks, replace(WANTED, devices={"mesh": 8})) == []
+    assert [one[1] for one in found(tasks, replace(WANTED, devices={"mesh": 9}))] == ["mesh"]
 
 
 # What really looks at the machine.
@@ -240,6 +295,7 @@ SLURM = {
         ),
         ({"JAXTAX_NUM_PROCESSES": "2", "JAXTAX_PROCESS_ID": "0"}, "export JAXTAX_COORDINATOR="),
         ({"JAXTAX_TLS_CERT": "absent.pem"}, "JAXTAX_TLS_CERT=absent.pem: no such file"),
+        ({"JAXTAX_HEARTBEAT_SECONDS": "abc"}, "JAXTAX_HEARTBEAT_SECONDS='abc' expected a number of seconds"),
         ({"KUBERNETES_SERVICE_HOST": "10.0.0.1", "JOB_COMPLETION_INDEX": "1"}, "launch/jobset.yaml"),
     ],
 )
@@ -279,12 +335,23 @@ def test_a_coordinator_out_of_reach_is_told(monkeypatch):
         raise socket.gaierror(-2, "Name or service not known")
 
     monkeypatch.setattr(socket, "getaddrinfo", unknown)
-    assert "the name n9 leads nowhere" in with_peers(machine, explicit(0, "n9:6002")).coordinator_fault
+    for index in (0, 1):
+        monkeypatch.setattr(socket, "create_connection", unknown)
+        fault = with_peers(machine, explicit(index, "n9:6002")).coordinator_fault
+        assert fault == "the name n9 cannot be looked up (Name or service not known)"
 
 
 def test_devices_are_asked_for_in_a_process_that_may_die(monkeypatch):
     monkeypatch.setenv("JAX_PLATFORMS", "nonsense")
     assert "nonsense" in devices().fault
+    assert "JAX_PLATFORMS" in devices().fault
+
+
+def test_of_a_platform_that_jax_only_asserts_its_name_is_told(monkeypatch):
+    # JAX ends so where JAX_PLATFORMS=cuda finds no CUDA.
+    monkeypatch.setenv("JAX_PLATFORMS", "cuda")
+    monkeypatch.setattr("jaxtax.doctor.look.PROBE", "assert False")
+    assert devices().fault == "JAX_PLATFORMS=cuda, and no such device is found"
 
 
 def test_settings_are_told_without_secrets():
@@ -353,10 +420,115 @@ def test_the_command_examines_this_machine_for_a_config(config, tmp_path):
     assert not report["passed"]
     assert report["machines"][0]["devices"]["count"] == 8
     failed = [one for one in report["findings"] if one["verdict"] == "fail"]
-    assert [one["check"] for one in failed] == ["mesh"], failed
+    assert {one["check"] for one in failed} == {"config", "mesh"}, failed
+    assert "mesh data*fsdp*expert=64 does not divide batch_rows / micro_batches=8" in done.stdout
     assert "FAIL  mesh" in done.stdout
     assert "needs 64 devices; found 8" in done.stdout
     assert not (config.parent / "run").exists()
+
+
+def test_a_file_for_json_that_cannot_be_is_refused_before_the_work(config, tmp_path, monkeypatch):
+    monkeypatch.setattr("jaxtax.doctor.visit.look", lambda out: pytest.fail("it looks"))
+    for path, words in {
+        tmp_path / "absent" / "told.json": "there is no directory",
+        tmp_path: "is a directory; give the name of a file in it",
+        tmp_path / "told.json": f"{tmp_path} cannot be written to; give another FILE",
+    }.items():
+        if path.parent == tmp_path:
+            monkeypatch.setattr("os.access", lambda path, mode: path != tmp_path)  # root may write anywhere
+        done = CliRunner().invoke(app, ["doctor", str(config), "--json", str(path)])
+        assert done.exit_code == 2
+        assert f"--json {path}" in done.stderr
+        assert words in done.stderr
+
+
+@pytest.mark.parametrize(("fault", "code"), [("", 2), ("no answer within 5 s", 1)])
+def test_findings_come_before_a_file_that_cannot_be_written(tmp_path, monkeypatch, fault, code):
+    def full(path, value):
+        raise OSError(28, "No space left on device")
+
+    machine = replace(
+        HEALTHY, processes=1, nodes=1, coordinator=None, settings={}, devices=Devices(fault=fault)
+    )
+    monkeypatch.setattr("jaxtax.doctor.visit.look", lambda out: machine)
+    monkeypatch.setattr("jaxtax.artifact.write_json", full)
+    done = CliRunner().invoke(app, ["doctor", "--json", str(tmp_path / "told.json")])
+    assert done.exit_code == code
+    assert ("FAIL  devices" in done.stdout) == bool(fault)
+    assert done.stdout.endswith(" ok\n")
+    assert "told.json could not be written (No space left on device); give another FILE" in done.stderr
+
+
+def refused(path, schema, *overrides, machine=HEALTHY):
+    from jaxtax.config_file import load
+    from jaxtax.doctor.refusals import refusals
+
+    return list(refusals(load(path, overrides, schema, files=False), machine))
+
+
+def test_what_training_refuses_of_a_mesh_the_doctor_finds(config, monkeypatch):
+    from types import SimpleNamespace
+
+    from jaxtax.config import StudyConfig, TrainConfig
+    from jaxtax.doctor import refusals
+
+    assert refused(config, TrainConfig) == []
+    assert refused(config, TrainConfig, "mesh.fsdp=3", "micro_batches=2") == [
+        "mesh data*fsdp*expert=3 does not divide batch_rows / micro_batches=4; the largest that does is 2"
+    ]
+    told = refused(config, TrainConfig, "mesh.fsdp=3", "mesh.tensor=5")
+    assert "mesh tensor=5 does not divide num_kv_heads=2; the largest that does is 2" in told
+    assert (
+        "mesh data*fsdp*expert=3 does not divide batch_rows / micro_batches=8; the largest that does is 2"
+        in told
+    )
+    study = ROOT / "configs" / "tiny" / "study.yaml"
+    told = refused(study, StudyConfig, "base.batch_rows=9", "mesh.data=2", "evaluation.mesh.tensor=7")
+    assert (
+        "mesh data*fsdp*expert=2 does not divide batch_rows / micro_batches=9; the largest that does is 1"
+        in told
+    )
+    assert sum("mesh tensor=7 does not divide" in line for line in told) >= 2
+    assert (
+        refused(study, StudyConfig, "mesh.data=3", machine=replace(HEALTHY, devices=Devices(fault="x"))) == []
+    )
+
+    # Of a model that is there, with experts in 4 bits.
+    seen = {}
+    monkeypatch.setattr(refusals, "model_of", lambda cfg: "its config")
+    monkeypatch.setattr(
+        refusals, "read_description", lambda path: SimpleNamespace(experts="mxfp4", cfg="its config")
+    )
+    monkeypatch.setattr(refusals, "check_mesh", lambda *args, **named: seen.update(args=args, **named))
+    cut = ["model.path=m", "model.size=null", "model.tokenizer=null", "mesh.split_sequence=true"]
+    assert refused(config, TrainConfig, *cut) == []
+    assert seen["args"][0] == "its config"
+    assert (seen["args"][1]["fsdp"], seen["args"][1]["split_sequence"], seen["args"][2]) == (4, True, 8)
+    assert (seen["row_tokens"], seen["four_bit_experts"]) == (64, True)
+
+
+def test_a_directory_that_another_run_holds_is_found(config, tmp_path, monkeypatch):
+    from jaxtax.config import EvalConfig, StudyConfig, TrainConfig
+    from jaxtax.doctor import refusals
+
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "config.yaml").write_text(config.read_text().replace("epochs: 2", "epochs: 3"))
+    [text] = refused(config, TrainConfig, f"out={out}")
+    assert text.startswith(
+        f"out={out} holds a run with another config; give another out=DIR, or remove it:\n"
+    )
+    assert "  epochs: 3 there, 2 here" in text
+    [text] = refused(ROOT / "configs" / "tiny" / "study.yaml", StudyConfig, f"out={out}")
+    assert text.endswith("is not the config of a study; give another out=DIR")
+    seen = []
+    monkeypatch.setattr(refusals, "check_evaluation", seen.append)
+    monkeypatch.setattr(refusals, "_mesh_checks", lambda cfg: [])
+    refused(ROOT / "configs" / "tiny" / "eval.yaml", EvalConfig, f"out={out}")
+    assert seen[0].out == out
+    # What cannot be written at all is said once.
+    blocked = replace(HEALTHY, place=Place(str(out), fault="cannot be written to"))
+    assert refused(config, TrainConfig, f"out={out}", machine=blocked) == []
 
 
 def test_the_command_survives_what_ends_other_processes(config, monkeypatch):
@@ -374,10 +546,11 @@ def test_disk_is_counted_from_the_config(config):
     from jaxtax.config_file import load
     from jaxtax.doctor.size import wanted_by
     from jaxtax.model.config import count_parameters, named_size
+    from jaxtax.show import readable_bytes
 
     cfg = load(config, [], TrainConfig)
     wanted = wanted_by(cfg)
-    assert wanted.devices == 4
+    assert wanted.devices == {"mesh": 4}
     tokenizer = load_tokenizer(cfg.model.tokenizer)
     model = 4 * count_parameters(named_size(cfg.model.size, vocab_size=tokenizer.vocab_size))
     state = 3 * model  # weights and two moments, all in float32, and a few counters
@@ -386,9 +559,10 @@ def test_disk_is_counted_from_the_config(config):
     whole = 2 * state + 3 * model + 1.2 * state
     assert whole <= wanted.disk <= whole + 200
     assert wanted.disk_parts == (
-        f"2 states of {state / 1e9:.1f} GB, 3 models of {model / 1e9:.1f} GB, "
-        f"{1.2 * state / 1e9:.1f} GB to write the next beside them"
+        f"2 states of {readable_bytes(state)}, 3 models of {readable_bytes(model)}, "
+        f"{readable_bytes(int(1.2 * state))} to write the next beside them"
     )
+    assert " MB" in wanted.disk_parts
 
 
 def test_what_a_run_has_on_the_disk_is_not_asked_for_again(config):
@@ -418,9 +592,9 @@ def test_mesh_and_disk_of_a_study_are_counted_over_all_of_its_runs(tmp_path):
         ROOT / "configs" / "tiny" / "study.yaml", ["seeds=2", f"out={tmp_path}", "mesh.data=2"], StudyConfig
     )
     wanted = wanted_by(cfg)
-    assert wanted.devices == 2
+    assert wanted.devices == {"mesh": 2, "evaluation.mesh": 1}
     more = load(ROOT / "configs" / "tiny" / "study.yaml", ["evaluation.mesh.fsdp=4"], StudyConfig)
-    assert wanted_by(more).devices == 4
+    assert wanted_by(more).devices == {"mesh": 1, "evaluation.mesh": 4}
     per_seed = 2 + sum(arm.epochs + 1 for arm in cfg.arms.values())
     runs = list(_runs(cfg))
     assert sum(run.models for run in runs) == 2 * per_seed
@@ -460,7 +634,8 @@ def test_a_host_that_does_not_come_is_waited_for_a_minute_or_as_long_as_is_said(
     report, speaks = visit.meet(here)
     assert speaks
     [bad] = [row.finding for row in report.rows if row.finding.verdict == "fail"]
-    assert f"process 1 of 2 could not reach process 0 at {where} in 1 s" in bad.found
+    # How long it tried: a try that is under way is brought to its end.
+    assert re.search(rf"process 1 of 2 could not reach process 0 at {where} in [12] s", bad.found)
 
 
 def test_what_cannot_be_looked_at_is_a_finding_and_no_error(monkeypatch, tmp_path):
@@ -495,6 +670,23 @@ def no_mounts():
     return subprocess.run(["unshare", "--mount", "true"], capture_output=True, check=False).returncode != 0
 
 
+def test_a_run_in_a_directory_that_cannot_be_written_is_told_what_to_do(tmp_path, monkeypatch):
+    from jaxtax.train.ownership import owned
+
+    def refuses(*args, **named):
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr(Path, "mkdir", refuses)
+    out = tmp_path / "run"
+    with (
+        pytest.raises(
+            ValueError, match=f"^out={out} cannot be written to .Read-only .*; give another out=DIR"
+        ),
+        owned(out, "training", print),
+    ):
+        pytest.fail("it is owned")
+
+
 def test_a_file_system_that_is_mounted_read_only_is_found(tmp_path):
     if no_mounts():
         pytest.skip("no mount namespace of one's own here")
@@ -525,7 +717,7 @@ def test_a_host_that_cannot_write_is_named_and_holds_up_nobody(config, tmp_path,
     (tmp_path / "read_only.sh").write_text(READ_ONLY)
     before = f'[ "$JAXTAX_PROCESS_ID" = {bad} ] && in="unshare --mount sh {tmp_path}/read_only.sh {run}";'
     began = time.monotonic()
-    done = on_two_hosts(f'"{config}" mesh.fsdp=6 out="{run}/run" --json "{told}"', before, "$in")
+    done = on_two_hosts(f'"{config}" mesh.fsdp=6 batch_rows=6 out="{run}/run" --json "{told}"', before, "$in")
     assert done.returncode == 1, done.stdout + done.stderr
     assert time.monotonic() - began < 45
     report = json.loads(told.read_text())
@@ -538,7 +730,7 @@ def test_a_host_that_cannot_write_is_named_and_holds_up_nobody(config, tmp_path,
 @pytest.mark.slow
 def test_hosts_look_at_each_other(config, tmp_path):
     told = tmp_path / "told.json"
-    done = on_two_hosts(f'"{config}" mesh.fsdp=6 --json "{told}"')
+    done = on_two_hosts(f'"{config}" mesh.fsdp=6 batch_rows=6 --json "{told}"')
     assert done.returncode == 0, done.stdout + done.stderr
     report = json.loads(told.read_text())
     assert [machine["process"] for machine in report["machines"]] == [0, 1]

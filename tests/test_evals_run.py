@@ -22,6 +22,7 @@ from jaxtax.data import world
 from jaxtax.decoding import Generated, generate
 from jaxtax.decoding.sampling import reply_seed
 from jaxtax.evals import run
+from jaxtax.evals.directory import check_directory
 from jaxtax.evals.lines import append_lines, keep_lines, read_lines
 from jaxtax.evals.run import evaluate
 from jaxtax.evals.verdicts import read_config, write_summary, write_verdicts
@@ -239,6 +240,9 @@ def test_another_evaluation_in_the_directory_is_refused(home, whole, changes, di
     before = results(whole)
     with pytest.raises(ValueError, match=f"an evaluation with another {differing}; give another out=DIR"):
         evaluate(config(home, whole, **changes))
+    with pytest.raises(ValueError, match=f"an evaluation with another {differing}; give another out=DIR"):
+        check_directory(config(home, whole, **changes))
+    check_directory(config(home, whole))
     assert results(whole) == before
 
 

@@ -9,9 +9,13 @@ from pathlib import Path
 
 import pytest
 from report_study import Plan, write_study
+from test_study import SMALL
 
+from jaxtax.artifact import write_origin
 from jaxtax.goodput import Ledger, goodput_in_words, read_goodput
 from jaxtax.json_lines import JsonLines, read_json_lines
+from jaxtax.owner import claim
+from jaxtax.report.time import time_spent
 from jaxtax.report.write import write_report
 
 ROOT = Path(__file__).parent.parent
@@ -174,7 +178,7 @@ def test_a_report_says_where_the_time_went_of_runs_that_have_a_ledger(tmp_path):
     (run / "ledger.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     report = write_report(study)
     assert (
-        "| run | seconds | sessions | step | restore | compile | lost | down |"
+        "| part | seconds | sessions | step | restore | compile | lost | down |"
         in (report / "report.md").read_text()
     )
     assert (
@@ -183,6 +187,165 @@ def test_a_report_says_where_the_time_went_of_runs_that_have_a_ledger(tmp_path):
     )
     page = (report / "index.html").read_text()
     assert '<th scope="row">seed_0/base</th><td>40.0</td><td>2</td><td>37.5</td>' in page
+
+
+def write_ledger(directory, rows):
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "ledger.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+# Killed in an evaluation, 3 seconds after its last line, and started again 12 seconds later.
+STUDY_LEDGER = [
+    {"session": 1, "time": 10.0, "step": None, "began": 6.0, "seconds": {"start": 4.0},
+     "doing": "seed_0/base"},
+    {"session": 1, "time": 41.0, "step": None, "seconds": {"seed_0/base": 31.0}},
+    {"session": 1, "time": 42.0, "step": None, "seconds": {"start": 1.0}, "doing": "seed_0/evaluations/base"},
+    {"session": 2, "time": 62.0, "step": None, "began": 57.0, "before": 45.0, "seconds": {"start": 5.0},
+     "doing": "seed_0/evaluations/base"},
+    {"session": 2, "time": 69.0, "step": None, "seconds": {"seed_0/evaluations/base": 7.0}},
+    {"session": 2, "time": 70.0, "step": None, "seconds": {"start": 1.0}, "doing": "report"},
+]  # fmt: skip
+RUN_LEDGER = [{"session": 1, "time": 40.0, "step": 2, "began": 10.0, "seconds": {"step": 24.0, "save": 6.0}}]
+
+
+def test_the_parts_of_a_study_add_up_to_its_wall_time(tmp_path, monkeypatch):
+    study = write_study(tmp_path, Plan(items=4, epochs=1, resamples=100))
+    write_ledger(study, STUDY_LEDGER)
+    write_ledger(study / "seed_0" / "base", RUN_LEDGER)
+    rows, kinds = time_spent(study)
+    assert {row.name: (row.wall, row.sessions) for row in rows} == {
+        "seed_0/base": (30.0, 1),
+        "seed_0/evaluations/base": (10.0, None),
+        "all else: start, checks, time between sessions": (24.0, None),
+        "the whole study": (64.0, 2),
+    }
+    assert sum(row.wall for row in rows[:-1]) == rows[-1].wall
+    assert list(kinds) == ["step", "save", "down"]
+    assert {kind: rows[-1].share(kind) for kind in kinds} == {
+        "step": 100 * 24 / 64, "save": 100 * 6 / 64, "down": 100 * 12 / 64,
+    }  # fmt: skip
+    assert rows[1].share("step") is None
+    # While it reports, the report is the part at work, up to now.
+    monkeypatch.setattr("jaxtax.report.time.time.time", lambda: 74.0)
+    with claim(study, "a study"):
+        rows, _ = time_spent(study)
+    told = {row.name: row.wall for row in rows}
+    assert (told["report"], told["the whole study"]) == (4.0, 68.0)
+    text = (write_report(study) / "report.md").read_text()
+    assert "| seed\\_0/evaluations/base | 10.0 |  |  |  |  |\n" in text
+    assert "| the whole study | 64.0 | 2 | 37.5 | 9.4 | 18.8 |\n" in text
+    # A study that began before it had a ledger: what that does not tell is not made up.
+    write_ledger(study / "seed_0" / "base", [RUN_LEDGER[0] | {"began": 1.0}])
+    assert [row.name for row in time_spent(study)[0]] == ["seed_0/base", "seed_0/evaluations/base"]
+
+
+PARTS = """
+import sys, time
+from pathlib import Path
+from jaxtax import goodput
+goodput._BEAT = 0.02
+ledger = goodput.Ledger(began=float(sys.argv[2]))
+ledger.open(Path(sys.argv[1]))
+for name, seconds in zip(sys.argv[3::2], sys.argv[4::2]):
+    with ledger.part(name):
+        print(name, flush=True)
+        time.sleep(float(seconds))
+ledger.close()
+"""
+
+
+def test_a_part_that_was_killed_has_its_time_by_an_outside_clock(tmp_path):
+    def start(*parts):
+        command = [sys.executable, "-c", PARTS, str(tmp_path), str(time.time()), *map(str, parts)]
+        return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT)
+
+    began = time.time()
+    first = start("a", 0.4, "seed_0/b", 60)
+    assert [first.stdout.readline(), first.stdout.readline()] == ["a\n", "seed_0/b\n"]
+    entered = time.time()
+    time.sleep(1.5)
+    first.kill()
+    first.communicate()
+    killed = time.time()
+    time.sleep(1.0)
+    again = time.time()
+    second = start("seed_0/b", 0.8)
+    second.communicate()
+    wall = time.time() - began
+    rows, _ = time_spent(tmp_path)
+    told = {row.name: row.wall for row in rows}
+    near = {"abs": 0.01 * wall + 0.1}  # a tenth of a second for processes to start, say something and end
+    assert told["seed_0/b"] == pytest.approx(killed - entered + 0.8, **near)
+    assert told["the whole study"] == pytest.approx(wall, **near)
+    assert rows[-1].seconds["down"] == pytest.approx(again - killed, **near)
+    assert sum(row.wall for row in rows[:-1]) == pytest.approx(rows[-1].wall, rel=1e-9)
+
+
+def test_a_study_keeps_a_ledger_of_its_parts_until_it_is_done(tmp_path, monkeypatch):
+    from jaxtax import study
+    from jaxtax.config import StudyConfig
+    from jaxtax.config_file import load
+
+    def part(name, fails=False):
+        def make(progress):
+            time.sleep(0.2)
+            if fails:
+                raise OSError("full")
+            write_origin(tmp_path / "study" / name, "report")
+
+        return study.Part(name, tmp_path / "study" / name, 1.0, make, again=name == "report")
+
+    cfg = load(ROOT / "configs" / "tiny" / "study.yaml", [f"out={tmp_path}/study"], StudyConfig)
+    monkeypatch.setattr(study, "_look_for_overlap", lambda cfg, progress: None)
+    monkeypatch.setattr(study, "_write_index", lambda cfg: None)
+    monkeypatch.setattr(study, "check", lambda cfg: [part("tokenizer"), part("report", fails=True)])
+    began = time.time() - 5
+    with pytest.raises(OSError, match="full"):
+        study.study(cfg, began=began)
+    monkeypatch.setattr(study, "check", lambda cfg: [part("tokenizer"), part("report")])
+    study.study(cfg)
+    found = read_goodput(cfg.out)
+    assert found["sessions"] == 2
+    assert found["wall"] == pytest.approx(time.time() - began, abs=0.1)
+    assert found["seconds"]["tokenizer"] == pytest.approx(0.2, abs=0.1)
+    assert found["seconds"]["report"] == pytest.approx(0.4, abs=0.2)
+    assert found["seconds"]["start"] >= 5
+    study.study(cfg)  # only its report, once more
+    assert read_goodput(cfg.out) == found
+
+
+@pytest.mark.slow
+def test_the_table_of_a_study_that_was_killed_twice_agrees_with_an_outside_clock(tmp_path):
+    out = tmp_path / "study"
+    arms = [f"arms.{arm}" for arm in ("safechain", "direct_refusal_replay")]
+    less = [f"{arm}.{what}" for arm in arms for what in ("epochs=1", "data.sources.0.take=24")]
+    config = ROOT / "configs" / "tiny" / "study.yaml"
+    command = [sys.executable, "-u", "-m", "jaxtax", "study", str(config), f"out={out}", *SMALL, *less]
+    began = time.time()
+    for started in ("base/metrics.jsonl", "evaluations/reasoning/replies.jsonl"):
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        while not (out / "seed_0" / started).exists():
+            assert process.poll() is None
+            time.sleep(0.01)
+        time.sleep(0.7)
+        process.kill()
+        process.wait()
+        time.sleep(2)
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    assert process.stdout.readline().startswith("report")  # then the interpreter ends, which takes a while
+    wall = time.time() - began
+    process.communicate()
+    rows, _ = time_spent(out)
+    assert rows[-1].name == "the whole study"
+    assert rows[-1].sessions == 3
+    assert rows[-1].wall == pytest.approx(wall, rel=0.01)
+    assert sum(row.wall for row in rows[:-1]) == pytest.approx(rows[-1].wall, rel=1e-9)
+    assert sum("/evaluations/" in row.name for row in rows) == 6
+    assert rows[-1].seconds["down"] >= 4
+    [told] = [
+        line for line in (out / "report" / "report.md").read_text().splitlines() if "the whole s" in line
+    ]
+    assert float(told.split("|")[2]) == pytest.approx(wall, rel=0.01)  # up to when it was written
 
 
 def test_a_ledger_in_words_names_the_largest_shares_first():

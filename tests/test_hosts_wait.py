@@ -10,7 +10,8 @@ import pytest
 
 from jaxtax.checkpoint import together
 from jaxtax.hosts import leave
-from jaxtax.hosts.leave import EXIT_STUCK, exits_hard, stop_signal, stop_wanted
+from jaxtax.hosts.leave import EXIT_STUCK, exits_hard
+from jaxtax.hosts.told import stop_signal, stop_wanted
 from jaxtax.hosts.wait import PeerMissing, barrier, share
 from jaxtax.hosts.watchdog import Budgets, Watchdog, late
 
@@ -68,8 +69,11 @@ def test_what_comes_from_a_lost_process_is_told_from_what_does_not():
     assert leave._code(SystemExit(2)) == 2
 
 
-def test_a_fault_of_this_process_is_no_lost_process_though_the_others_do_not_come(monkeypatch):
-    """They wait inside of what failed here: to start all again would only bring this one to its full disk."""
+@pytest.mark.parametrize(
+    ("fault", "code"), [(OSError(5, "Input/output error"), 1), (OSError(28, "No space left on device"), 134)]
+)
+def test_a_fault_of_this_process_is_no_lost_process_though_the_others_do_not_come(monkeypatch, fault, code):
+    """They wait inside of what failed here, and to start again brings it back, but where room may be made."""
 
     def nobody_comes(*given, **options):
         raise PeerMissing("save", 60, [1], 2)
@@ -79,9 +83,9 @@ def test_a_fault_of_this_process_is_no_lost_process_though_the_others_do_not_com
     def fails(error):
         raise error
 
-    with pytest.raises(RuntimeError, match="No space left on device; the others wait for this") as caught:
-        together.together("save", lambda: fails(OSError(28, "No space left on device")))
-    assert leave._code(caught.value) == 1
+    with pytest.raises(RuntimeError, match=f"{fault.strerror}; the others wait for this") as caught:
+        together.together("save", lambda: fails(fault))
+    assert leave._code(caught.value) == code
     with pytest.raises(PeerMissing):
         together.together("save", lambda: fails(RuntimeError("Connection reset by peer")))
 

@@ -192,8 +192,8 @@ def manifests():
 def test_the_exit_codes_are_those_of_the_package():
     faults = [leave.EXIT_STUCK, leave.EXIT_LOST, 128 + signal.SIGKILL]
     slurm = (LAUNCH / "slurm.sbatch").read_text()
-    assert f"\n  {leave.EXIT_AGAIN}) most=" in slurm
-    assert f"\n  {' | '.join(map(str, faults))}) most=" in slurm
+    assert f"\n  {leave.EXIT_AGAIN})\n" in slurm
+    assert f"\n  {' | '.join(map(str, faults))})\n" in slurm
     assert f"again={leave.EXIT_AGAIN}\n" in (LAUNCH / "local.sh").read_text()
     again = sorted([*faults, leave.EXIT_AGAIN])
     assert f"in {'|'.join(map(str, again))}) ;;" in (LAUNCH / "tpu_pod.sh").read_text()
@@ -210,4 +210,4 @@ def test_a_process_that_waits_at_its_own_machine_for_process_0_says_so(caplog, m
         roll_call.roll_call(Peers(1, 2, f"127.0.0.1:{port}", "the test"), 0.5)
     [said] = [record.getMessage() for record in caplog.records]
     assert f"waiting for process 0 at 127.0.0.1:{port}" in said
-    assert "127.0.0.1 is this machine itself: if process 0 runs on another" in said
+    assert "127.0.0.1 is each machine itself: if there are several" in said

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import signal
 import sys
 import time
@@ -51,8 +52,8 @@ def submit(cluster, compiled, tmp_path):
 
     def submit(*command, **environment):
         return cluster.run(
-            "sbatch", "--parsable", "--gres=none", f"--output={tmp_path}/%j.log",
-            str(ROOT / "launch" / "slurm.sbatch"), *command, cwd=ROOT,
+            "sbatch", "--parsable", "--gres=none", f"--chdir={tmp_path}", f"--output={tmp_path}/%j.log",
+            str(ROOT / "launch" / "slurm.sbatch"), *command, PYTHONPATH=str(ROOT),
             XLA_FLAGS="--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true",
             JAX_COMPILATION_CACHE_DIR=str(compiled), JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0.3",
             **environment,
@@ -138,6 +139,7 @@ def test_a_task_that_is_killed_takes_the_job_along_within_seconds_and_it_is_queu
     wait_for(lambda: cluster.job(number)["Restarts"] == "1", "the job in the queue again", 30)
     assert time.monotonic() - killed < 15
     assert f"ended with 137; job {number} is queued again" in (tmp_path / f"{number}.log").read_text()
+    assert (tmp_path / f"jaxtax-{number}.faults").read_text().endswith(" 137\n")
     cluster.run("scancel", number)
     assert tasks(config) == []
 
@@ -155,6 +157,19 @@ def test_only_what_may_go_on_is_queued_again_and_a_fault_not_without_end(cluster
     assert ends(cluster, failed, 30) == ("FAILED", "3:0")
     often = submit(*in_tasks("exit 134"), JAXTAX_MAX_FAULTS="0")
     assert ends(cluster, often, 30) == ("FAILED", "134:0")
+
+
+def test_a_task_that_refuses_ends_the_job_though_the_other_one_waits_for_it(
+    cluster, submit, config, tmp_path
+):
+    program = f"exec {shlex.join(JAXTAX)}"
+    number = submit(
+        *in_tasks(f"if [ $SLURM_PROCID = 1 ]; then sleep 3; {program} absent.yaml; fi; {program} {config}")
+    )
+    assert ends(cluster, number, 60) == ("FAILED", "2:0")
+    text = (tmp_path / f"{number}.log").read_text()
+    assert "1: absent.yaml" in text
+    assert "Exited with exit code 75" in text  # the other one, when Slurm asked it to leave
 
 
 def test_a_canceled_job_stays_canceled_though_its_tasks_saved(cluster, submit, tmp_path):

@@ -1,7 +1,7 @@
 """The plans that are kept, made again with the compilers for GPUs and TPUs (make install-plan).
 
 They are held to what was written down: peaks within 5 %, the state in place, no copy of the weights of all
-layers, no tokens expanded to all experts.
+layers, no tokens expanded to all experts. tests/test_plan.py shows that copies are found.
 """
 
 import re
@@ -20,12 +20,30 @@ ROOT = Path(__file__).parent.parent
 PLANS = read_json(ROOT / "configs/plans.json")["plans"]
 
 
-def largest_of_one_layer(report):
-    """Bytes in float32 of the largest matrix of a layer, or of the head, on a device that has all of D."""
+def largest_gradient(report):
+    """Bytes of the largest matrix of a layer, or of the head, in float32 and on a device that has all of D.
+
+    This is what a device has of its own tokens before the gradient is summed over `fsdp` and split: its sum
+    over the chunks of the loss must be float32, and to split it in every chunk would send it many times. For
+    the split it is turned once, so that the parts of the devices follow each other.
+    """
     cfg = SIZES[re.match(r"[\w.-]+\w", report["model"])[0]]
     of_all = 1 if cfg.moe is None else 2 * cfg.moe.num_experts / report["mesh"]["expert"]
     layer = of_all * cfg.embed_dim * cfg.mlp_dim
     return 4 * max(layer, cfg.vocab_size * cfg.embed_dim) / report["mesh"]["tensor"]
+
+
+def check_stacks(report):
+    """Weights of all layers are held once, and their gradients."""
+    if report["topology"].startswith("v"):
+        # The compiler for TPUs casts or turns the stacks of experts before the loop over layers, also where a
+        # layer takes its part of them behind an optimization barrier: one copy of each, in two bytes.
+        for found in report["extra_stacks"]:
+            copies = [array for array in found["arrays"] if array.startswith("bf16")]
+            assert len(found["arrays"]) <= 2 * found["gradients"]
+            assert len(copies) >= len(found["arrays"]) - found["gradients"]
+    else:
+        assert report["extra_stacks"] == []
 
 
 @pytest.mark.slow
@@ -46,6 +64,7 @@ def test_a_kept_plan_is_made_again(kept, monkeypatch):
     assert found["fits"] == wanted["fits"]
     assert found["state_aliased"] in ((True,) if wanted["state_aliased"] else (None,))
     assert found["largest_expanded"] == 0
-    assert found["largest_copy"] <= largest_of_one_layer(found)
+    assert found["largest_copy"] <= largest_gradient(found)
+    check_stacks(found)
     for name in ("num_devices", "num_params", "flops_per_token", "collectives"):
         assert found[name] == wanted[name]

@@ -20,17 +20,17 @@ PACKAGE = ROOT / "jaxtax"
 
 # A file imports only from lower levels, or from its own folder.
 LEVELS = {
-    "config_blocks": -1,
+    "config_blocks": -1, "tell": -1,
     "hosts": 0, "artifact": 0, "json_lines": 0, "progress": 0, "config": 0, "yaml_text": 0, "config_words": 0,
-    "faults": 0,
+    "faults": 0, "tell": -1,
     "config_file": 0.5, "goodput": 0.5, "owner": 0.5,
     "sharding": 0.9, "ops": 1,
     "model": 2, "chat": 2,
     "checkpoint": 3, "data": 3, "hf": 3.5,
     "decoding": 4, "train": 4,
-    "evals": 5, "bench": 5, "plan": 5, "api": 5, "ask": 5.5, "show": 5,
+    "evals": 5, "bench": 5, "plan": 5, "api": 5, "ask": 5.5, "show_run": 4, "show": 5,
     "report": 6,
-    "study_tokenizer": 6, "study_check": 6.5, "study_overlap": 6, "study": 7, "examples": 7.5, "doctor": 6,
+    "study_tokenizer": 6, "study_check": 6.5, "study_overlap": 6, "study": 7, "examples": 7.5, "doctor": 6.8,
     "convert": 4, "cli_output": 7, "cli_faults": 7, "cli_convert": 7.5, "cli_doctor": 7.5, "cli_plan": 7.5,
     "cli": 8, "__main__": 9, "__init__": 9,
 }  # fmt: skip

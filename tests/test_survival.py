@@ -9,7 +9,6 @@ import subprocess
 import sys
 import threading
 import time
-from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -25,7 +24,6 @@ from jaxtax.chat.vocabulary import build_world_tokenizer
 from jaxtax.checkpoint import model_directory, run_states
 from jaxtax.checkpoint.together import FailedError
 from jaxtax.cli import app
-from jaxtax.cli_faults import faults_in_words
 from jaxtax.config import BadSteps, Hosts, Mesh
 from jaxtax.config_file import dump
 from jaxtax.data import world
@@ -102,20 +100,6 @@ def test_a_run_that_is_told_to_leave_saves_after_its_step_and_goes_on_bit_for_bi
     found = read_goodput(cfg.out)
     assert found["sessions"] == 2
     assert found["seconds"]["lost"] == 0
-
-
-@pytest.mark.parametrize(("verb", "code"), [("train", 75), ("show", 143)])
-def test_the_command_line_ends_with_75_where_it_can_go_on(verb, code):
-    context = SimpleNamespace(invoked_subcommand=verb)
-
-    def told():
-        with faults_in_words(context):
-            term()
-            time.sleep(5)  # until the signal is there
-
-    with pytest.raises(SystemExit) as ended:
-        told()
-    assert ended.value.code == code
 
 
 # ---------------------------------------------------------------- a disk that is full
@@ -502,6 +486,64 @@ def test_an_owner_whose_directory_was_taken_writes_no_more(tmp_path):
         with pytest.raises(ValueError, match=r"is no longer this process's own: .* on node8"):
             held.check()
     assert path.exists()  # it is the other's
+
+
+def failing_reads(monkeypatch, until):
+    """Reads of the claim, which fail as on a network disk, or find half a record, until the event."""
+    original, seen = owner._read, []
+
+    def read(path):
+        if until.is_set():
+            return original(path)
+        seen.append(path)
+        if len(seen) % 2:
+            return {}
+        raise OSError(116, "Stale file handle")
+
+    monkeypatch.setattr(owner, "_read", read)
+    return seen
+
+
+def test_a_claim_that_cannot_be_read_for_a_while_is_kept_and_beats_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(owner, "BEAT", 0.05)
+    well = threading.Event()
+    with claim(tmp_path, "training") as held:
+        seen = failing_reads(monkeypatch, well)
+        end = time.monotonic() + 10
+        while len(seen) < 6 and time.monotonic() < end:  # its beats
+            time.sleep(0.01)
+        assert len(seen) >= 6
+        before = (tmp_path / owner.OWNER).read_text()
+        for _ in range(2):
+            ownership.Owner(held).check()
+        well.set()
+        end = time.monotonic() + 10
+        while (tmp_path / owner.OWNER).read_text() == before and time.monotonic() < end:
+            time.sleep(0.01)
+        assert (tmp_path / owner.OWNER).read_text() != before
+        elsewhere(tmp_path)
+        ownership.Owner(held).check()
+    assert not (tmp_path / owner.OWNER).exists()
+
+
+def test_a_read_that_fails_twice_is_tried_again(tmp_path, monkeypatch):
+    original, faults = (
+        type(tmp_path).read_text,
+        [OSError(116, "Stale file handle"), OSError(5, "Input/output")],
+    )
+
+    def read(path, *given, **options):
+        if path.name == owner.OWNER and faults:
+            raise faults.pop()
+        return original(path, *given, **options)
+
+    with claim(tmp_path, "training") as held:
+        monkeypatch.setattr(type(tmp_path), "read_text", read)
+        held.check()
+        assert faults == []
+        faults += [OSError(5, "Input/output")] * 3
+        with pytest.raises(OSError, match="Input/output"):
+            owner._read(tmp_path / owner.OWNER)
 
 
 def test_a_second_training_of_one_run_is_refused(whole_run, tmp_path, monkeypatch):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -105,3 +106,48 @@ def test_a_training_told_to_leave_saves_within_a_step_and_goes_on(whole, tmp_pat
         check=True,
     ).stdout
     assert " s in 2 sessions: " in shown
+
+
+def told_at_random(words, out, seconds, *, times, seed):
+    """Sends SIGTERM so often, at instants of up to so many seconds, and then lets the command end."""
+    rng = random.Random(seed)
+    for number in range(times):
+        process = start(*words)
+        try:
+            said = process.communicate(timeout=0.7 + rng.uniform(0.0, seconds))[0]
+        except subprocess.TimeoutExpired:
+            asked = time.monotonic()
+            process.send_signal(signal.SIGTERM)
+            said = process.communicate(timeout=60)[0]
+            assert time.monotonic() - asked < 20
+        if process.returncode == 0:
+            break
+        assert process.returncode == 75, (number, said)
+        assert said.endswith("run the same command again to go on\n"), (number, said)
+        assert "Traceback" not in said, said
+        assert not list(out.rglob(".owner.json"))
+    process = start(*words)
+    said = process.communicate(timeout=400)[0]
+    assert process.returncode == 0, said
+
+
+def test_a_study_told_to_leave_at_random_instants_goes_on_to_the_same_numbers(whole, tmp_path):
+    out = tmp_path / "study"
+    told_at_random(study(out), out, 20.0, times=10, seed=1)
+    assert results(out) == results(whole)
+
+
+def test_an_evaluation_told_to_leave_at_random_instants_goes_on_to_the_same_replies(whole, tmp_path):
+    words = [
+        "eval", "configs/tiny/eval.yaml", f"model={whole}/seed_0/base/model", "sampling.repeats=2",
+        "sampling.max_new_tokens=16", "sampling.batch=8", *(f"tasks.{number}.take=12" for number in range(3)),
+    ]  # fmt: skip
+    began = time.monotonic()
+    process = start(*words, f"out={tmp_path}/undisturbed")
+    said = process.communicate(timeout=400)[0]
+    assert process.returncode == 0, said
+    told_at_random(
+        [*words, f"out={tmp_path}/out"], tmp_path / "out", time.monotonic() - began, times=8, seed=2
+    )
+    for name in ("replies.jsonl", "verdicts.jsonl"):
+        assert (tmp_path / "out" / name).read_text() == (tmp_path / "undisturbed" / name).read_text()

@@ -85,8 +85,9 @@ def examine(machines: Sequence[Machine], wanted: Wanted) -> Report:
         rows += found or [Row(name, "", Finding("ok", _well(name, machines[0])))]
     for name, cross_check in CROSS_CHECKS.items():
         findings = list(cross_check(machines, wanted))
-        if findings or len(machines) > 1:
-            rows += [Row(name, "", one) for one in findings or [Finding("ok", f"{len(machines)} hosts")]]
+        if len(machines) > 1 and not findings:
+            findings = [Finding("ok", f"{len(machines)} hosts")]
+        rows += [Row(name, "", one) for one in findings]
     return Report(tuple(dict.fromkeys(rows)), tuple(machines))
 
 

@@ -1,5 +1,6 @@
 """What one check found, and the facts of one machine that checks look at."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -54,11 +55,19 @@ class Place:
 
 @dataclass(frozen=True)
 class Wanted:
-    """What the config asks for: devices in all, and bytes of disk with what they are made of."""
+    """What the config asks for.
 
-    devices: int | None = None
+    Attributes:
+      devices: of each mesh, by its key in the config.
+      disk: bytes; None: not known.
+      disk_parts: what these are made of.
+      refused: what the config's verb itself says against it, a text for each fault.
+    """
+
+    devices: Mapping[str, int] = field(default_factory=dict)
     disk: int | None = None
     disk_parts: str = ""
+    refused: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

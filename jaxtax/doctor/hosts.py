@@ -1,4 +1,4 @@
-"""Checks of all hosts together: that they are alike, agree on the time, see one directory, and suffice.
+"""Checks of all hosts together: that they are alike, agree on the time, see one directory, suit the config.
 
 Each check takes the machines in the order of their processes, and what the config wants.
 """
@@ -7,6 +7,8 @@ from collections.abc import Iterator, Sequence
 
 from jaxtax.doctor.finding import Finding, Machine, Wanted
 from jaxtax.doctor.machine import CLOCK_FAIL, CLOCK_WARN
+from jaxtax.faults import first_faults
+from jaxtax.show import readable_bytes
 
 
 def check_alike(machines: Sequence[Machine], wanted: Wanted) -> Iterator[Finding]:
@@ -46,8 +48,20 @@ def check_clocks(machines: Sequence[Machine], wanted: Wanted) -> Iterator[Findin
             )
 
 
-def check_enough_devices(machines: Sequence[Machine], wanted: Wanted) -> Iterator[Finding]:
-    """Whether the mesh of the config has its devices."""
+def check_refused(machines: Sequence[Machine], wanted: Wanted) -> Iterator[Finding]:
+    """What the config's verb would refuse."""
+    for text in wanted.refused:
+        head, *details = text.splitlines()
+        found, _, todo = head.rpartition("; ")
+        told = first_faults([line.strip() for line in details], 6)
+        more = f": {', '.join(told)}" if told else ""
+        yield Finding("fail", (found or head) + more, todo.removesuffix(":") if found else "")
+    if wanted.devices and not wanted.refused:
+        yield Finding("ok", "out is free or holds this very run; the mesh divides model and batch")
+
+
+def check_devices_of_mesh(machines: Sequence[Machine], wanted: Wanted) -> Iterator[Finding]:
+    """Whether each mesh of the config has its devices, and none of them is left over."""
     have = 0
     for host in {machine.host for machine in machines}:
         here = [machine for machine in machines if machine.host == host]
@@ -55,12 +69,30 @@ def check_enough_devices(machines: Sequence[Machine], wanted: Wanted) -> Iterato
         # Processes with all GPUs of their node in sight share them.
         have += min(seen, here[0].accelerators or seen)
     whole = len(machines) == machines[0].processes and not any(machine.devices.fault for machine in machines)
-    if wanted.devices is not None and whole and have < wanted.devices:
-        yield Finding(
-            "fail",
-            f"the mesh of the config needs {wanted.devices} devices; found {have} on {len(machines)} hosts",
-            "make the product of the mesh sizes smaller, or start more processes",
-        )
+    if not whole:
+        return
+    for key, count in wanted.devices.items():
+        if have < count:
+            yield Finding(
+                "fail",
+                f"{key} of the config needs {count} devices; found {have} on {len(machines)} hosts",
+                "make the product of the mesh sizes smaller, or start more processes",
+            )
+        elif have > count and len(machines) > 1:
+            yield Finding(
+                "fail",
+                f"{key} of the config is of {count} devices; the {len(machines)} processes have {have}, and "
+                "all have to be in it",
+                f"make the product of the mesh sizes {have}, {key}.fsdp first",
+            )
+        elif have > count:
+            yield Finding(
+                "warn",
+                f"{have - count} of {have} devices stay idle: {key} of the config is of {count}",
+                f"make the product of the mesh sizes {have}, {key}.fsdp first",
+            )
+        else:
+            yield Finding("ok", f"{key} of the config is of {count} devices, and there are {have}")
 
 
 def check_shared(machines: Sequence[Machine], wanted: Wanted) -> Iterator[Finding]:
@@ -81,19 +113,24 @@ def check_room(machines: Sequence[Machine], wanted: Wanted) -> Iterator[Finding]
     place = machines[0].place
     if place is None or place.free is None or wanted.disk is None:
         return
-    if place.free < wanted.disk:
-        yield Finding(
-            "fail",
-            f"out={place.path} has {place.free / 1e9:,.1f} GB free; the run needs "
-            f"{wanted.disk / 1e9:,.1f} GB ({wanted.disk_parts})",
-            "make room, or say keep_saves=1, keep_epochs=false or another out=DIR",
-        )
+    found = (
+        f"out={place.path} has {readable_bytes(place.free)} free; the run needs "
+        f"{readable_bytes(wanted.disk)} ({wanted.disk_parts})"
+    )
+    if place.free >= wanted.disk:
+        yield Finding("ok", found)
+        return
+    lack = readable_bytes(wanted.disk - place.free)
+    yield Finding(
+        "fail", found, f"make room for {lack} more, or say keep_saves=1, keep_epochs=false or another out=DIR"
+    )
 
 
 CROSS_CHECKS = {
     "alike": check_alike,
     "clocks": check_clocks,
-    "mesh": check_enough_devices,
+    "config": check_refused,
+    "mesh": check_devices_of_mesh,
     "shared": check_shared,
     "room": check_room,
 }

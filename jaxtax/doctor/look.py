@@ -81,7 +81,10 @@ def devices(seconds: float = 300) -> Devices:
     if unknown:
         return Devices(fault=f"unknown in XLA_FLAGS: {unknown[1].strip()}")
     said = [line for line in asked.stderr.splitlines() if line.strip()]
-    return Devices(fault=said[-1] if said else f"the process ended with {asked.returncode}")
+    last = said[-1] if said else f"the process ended with {asked.returncode}"
+    if (platforms := environ.get("JAX_PLATFORMS")) and last == "AssertionError":  # JAX says no more than this
+        last = f"JAX_PLATFORMS={platforms}, and no such device is found"
+    return Devices(fault=last)
 
 
 def _plugins() -> dict[str, str]:

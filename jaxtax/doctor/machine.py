@@ -6,6 +6,7 @@ Each check takes a Machine and returns its findings; none means that there is no
 from collections.abc import Iterator
 
 from jaxtax.doctor.finding import Finding, Machine
+from jaxtax.doctor.meeting import ELSEWHERE, TAKEN, UNKNOWN_NAME
 from jaxtax.hosts.detect import Peers
 from jaxtax.hosts.start import is_loopback, unreachable
 
@@ -14,6 +15,7 @@ SHM_PER_ACCELERATOR = 256 << 20
 FILES_NEEDED = 1024  # a sharded checkpoint of a large model opens hundreds at a time
 FILES_WISHED = 8192
 CLOCK_WARN, CLOCK_FAIL = 2.0, 60.0  # seconds; leases of run directories are minutes
+_INSTALL = "make install-locked EXTRA=cuda (TPU: pip install -e '.[tpu]')"
 
 
 def check_devices(machine: Machine) -> Iterator[Finding]:
@@ -22,17 +24,16 @@ def check_devices(machine: Machine) -> Iterator[Finding]:
     if seen.fault:
         yield Finding("fail", f"JAX does not start: {seen.fault}", _cure(seen.fault))
         return
+    one_per_node = machine.processes == machine.nodes
     if seen.platform == "cpu" and machine.accelerators:
         asked = machine.settings.get("JAX_PLATFORMS", "")
         yield Finding(
             "warn" if asked else "fail",
             f"the machine has {machine.accelerators} accelerators, and JAX sees none"
             + (f" (JAX_PLATFORMS={asked})" if asked else ""),
-            "unset JAX_PLATFORMS"
-            if asked
-            else "make install-locked EXTRA=cuda (TPU: pip install -e '.[tpu]')",
+            "unset JAX_PLATFORMS" if asked else _INSTALL,
         )
-    elif seen.platform in ("gpu", "tpu") and seen.count < machine.accelerators and machine.processes == 1:
+    elif seen.platform in ("gpu", "tpu") and seen.count < machine.accelerators and one_per_node:
         limit = machine.settings.get("CUDA_VISIBLE_DEVICES")
         yield Finding(
             "fail",
@@ -41,7 +42,7 @@ def check_devices(machine: Machine) -> Iterator[Finding]:
             "unset CUDA_VISIBLE_DEVICES, or look at nvidia-smi for the missing ones",
         )
     ids = machine.settings.get("JAX_LOCAL_DEVICE_IDS", "")
-    if ids and machine.processes == machine.nodes and len(ids.split(",")) < machine.accelerators:
+    if ids and one_per_node and len(ids.split(",")) < machine.accelerators:
         yield Finding(
             "fail",
             f"one process for {machine.accelerators} accelerators, and JAX_LOCAL_DEVICE_IDS={ids}",
@@ -52,6 +53,8 @@ def check_devices(machine: Machine) -> Iterator[Finding]:
 def _cure(fault: str) -> str:
     if "XLA_FLAGS" in fault:
         return "take them out of XLA_FLAGS: this version of XLA ends the process over them"
+    if "JAX_PLATFORMS" in fault:
+        return f"unset JAX_PLATFORMS, or install what it names: {_INSTALL}"
     return "run python -c 'import jax; jax.devices()' to see all of it"
 
 
@@ -136,8 +139,24 @@ def check_coordinator(machine: Machine) -> Iterator[Finding]:
         yield Finding(
             "fail",
             f"coordinator {machine.coordinator}: {machine.coordinator_fault}",
-            "open that port between the nodes, or export JAXTAX_COORDINATOR=HOST:PORT with another",
+            _way_to_meet(machine.coordinator_fault),
         )
+
+
+def _way_to_meet(fault: str) -> str:
+    """What to do about a coordinator, by what meeting.py says against it."""
+    if UNKNOWN_NAME in fault:
+        return (
+            "export JAXTAX_COORDINATOR=ADDRESS:PORT with the address of process 0's machine, or put its name "
+            "into DNS or /etc/hosts"
+        )
+    if TAKEN in fault:
+        return "export JAXTAX_COORDINATOR=HOST:PORT with another port for all processes, or end that program"
+    if ELSEWHERE in fault:
+        return (
+            "start process 0 there, or export JAXTAX_COORDINATOR=HOST:PORT with this host for all processes"
+        )
+    return "open that port between the nodes, or export JAXTAX_COORDINATOR=HOST:PORT with another"
 
 
 def check_place(machine: Machine) -> Iterator[Finding]:

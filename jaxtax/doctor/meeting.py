@@ -7,21 +7,23 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from jaxtax.doctor.finding import Machine
-from jaxtax.hosts.detect import ALONE, detect
+from jaxtax.faults import all_of
+from jaxtax.hosts.detect import ALONE, Peers, detect
+from jaxtax.hosts.limits import bounds
 from jaxtax.hosts.start import is_loopback
 from jaxtax.hosts.tls import tls
 from jaxtax.hosts.tpu_vm import attribute, from_metadata, is_tpu_vm
 
 _SECONDS = 5.0  # for an answer from the coordinator's machine
 
+# What a fault of the coordinator says, and what to do about it depends on.
+UNKNOWN_NAME, TAKEN, ELSEWHERE = "cannot be looked up", "is taken by another program", "is not this machine"
+
 
 def with_peers(machine: Machine, environ: Mapping[str, str] = os.environ) -> Machine:
     """`machine` with what the launcher says about its peers, or with what is wrong with that."""
     try:
-        peers = detect(environ)
-        if peers is ALONE and is_tpu_vm(environ):
-            peers = detect({**environ, **from_metadata(attribute)})
-        tls(environ)
+        peers, *_ = all_of(lambda: _peers(environ), lambda: tls(environ), lambda: bounds(None, environ))
     except ValueError as error:
         return replace(machine, unfit=str(error))
     if peers.count == 1 or peers.coordinator is None:
@@ -40,6 +42,13 @@ def with_peers(machine: Machine, environ: Mapping[str, str] = os.environ) -> Mac
     )
 
 
+def _peers(environ: Mapping[str, str]) -> Peers:
+    peers = detect(environ)
+    if peers is ALONE and is_tpu_vm(environ):
+        return detect({**environ, **from_metadata(attribute)})
+    return peers
+
+
 def _served(host: str, port: int) -> str:
     """Why this machine, which process 0 is on, cannot be met at that place; empty: it can."""
     try:
@@ -48,12 +57,12 @@ def _served(host: str, port: int) -> str:
             door.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             door.bind(address)
     except socket.gaierror as error:
-        return f"the name {host} leads nowhere ({error.strerror})"
+        return f"the name {host} {UNKNOWN_NAME} ({error.strerror})"
     except OSError as error:
         if error.errno == errno.EADDRINUSE:
-            return f"port {port} is taken by another program"
+            return f"port {port} {TAKEN}"
         if error.errno == errno.EADDRNOTAVAIL:
-            return f"{host} is not this machine, and process 0 is here"
+            return f"{host} {ELSEWHERE}, and process 0 is here"
         return f"cannot be served: {error.strerror}"
     return ""
 
@@ -66,7 +75,7 @@ def _reached(host: str, port: int) -> str:
     except ConnectionRefusedError:
         return ""  # the machine answers
     except socket.gaierror as error:
-        return f"the name {host} leads nowhere ({error.strerror})"
+        return f"the name {host} {UNKNOWN_NAME} ({error.strerror})"
     except TimeoutError:
         return f"no answer within {_SECONDS:.0f} s"
     except OSError as error:

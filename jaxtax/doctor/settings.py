@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from jaxtax.doctor.finding import Finding, Machine, Verdict
+from jaxtax.hosts import memory
 
 
 @dataclass(frozen=True)
@@ -91,8 +92,8 @@ RULES = (
     Rule("CUDA_LAUNCH_BLOCKING", _on, "warn", "every kernel waits for the one before it", "unset it"),
     Rule("CUDA_DEVICE_MAX_CONNECTIONS", _always, "warn", "not needed by JAX, and slower on newer GPUs",
          "unset it"),
-    Rule("XLA_PYTHON_CLIENT_MEM_FRACTION", _no_fraction, "fail", "expected a number above 0, at most 1",
-         "export XLA_PYTHON_CLIENT_MEM_FRACTION=0.92"),
+    Rule(memory.VARIABLE, _no_fraction, "fail", "expected a number above 0, at most 1",
+         f"unset it: commands then take {memory.SHARE}"),
     Rule("XLA_PYTHON_CLIENT_ALLOCATOR", lambda value, _: value.lower() == "platform", "warn",
          "every allocation is one of the driver's: slow", "unset it"),
 )  # fmt: skip

@@ -17,11 +17,13 @@ from jaxtax.chat.vocabulary import build_world_tokenizer
 from jaxtax.checkpoint import read_model_config
 from jaxtax.checkpoint.room import with_margin
 from jaxtax.config import EvalConfig, Stage, StudyConfig, TrainConfig
+from jaxtax.config_blocks import MeshSizes
 from jaxtax.data import world
 from jaxtax.doctor.finding import Wanted
 from jaxtax.model.config import ModelConfig, named_size
 from jaxtax.model.transformer import Transformer
 from jaxtax.sharding import MESH_AXES
+from jaxtax.show import readable_bytes
 from jaxtax.train.optimizer import form
 from jaxtax.train.step import initial_state, split
 
@@ -47,13 +49,15 @@ class _Run:
 
 
 def wanted_by(cfg: TrainConfig | StudyConfig | EvalConfig) -> Wanted:
-    """Devices of the mesh, and bytes that have to be free: of what is there nothing is written again.
+    """Devices of the meshes, and bytes that have to be free: of what is there nothing is written again.
 
     Raises:
       ValueError: no such model size, or the tokenizer cannot be read.
     """
-    meshes = [cfg.mesh, cfg.evaluation.mesh] if isinstance(cfg, StudyConfig) else [cfg.mesh]
-    devices = max(math.prod(getattr(mesh, axis) for axis in MESH_AXES) for mesh in meshes)
+    meshes: dict[str, MeshSizes] = {"mesh": cfg.mesh}
+    if isinstance(cfg, StudyConfig):
+        meshes["evaluation.mesh"] = cfg.evaluation.mesh
+    devices = {key: math.prod(getattr(mesh, axis) for axis in MESH_AXES) for key, mesh in meshes.items()}
     if isinstance(cfg, EvalConfig):
         return Wanted(devices)  # what it writes is text
     runs = [run for run in _runs(cfg) if run is not None]
@@ -62,11 +66,11 @@ def wanted_by(cfg: TrainConfig | StudyConfig | EvalConfig) -> Wanted:
     disk, parts = 0, "nothing: all is there"
     if widest is not None:
         disk = models * size + widest.while_it_runs
-        largest = max(widest.state, widest.model)
+        largest = with_margin(max(widest.state, widest.model))
         parts = (
-            f"{widest.states} states of {widest.state / 1e9:,.1f} GB, "
-            f"{models} models of {size / 1e9:,.1f} GB, "
-            f"{with_margin(largest) / 1e9:,.1f} GB to write the next beside them"
+            f"{widest.states} states of {readable_bytes(widest.state)}, "
+            f"{models} models of {readable_bytes(size)}, "
+            f"{readable_bytes(largest)} to write the next beside them"
         )
     return Wanted(devices, disk, parts)
 
@@ -74,9 +78,9 @@ def wanted_by(cfg: TrainConfig | StudyConfig | EvalConfig) -> Wanted:
 def _runs(cfg: TrainConfig | StudyConfig) -> Iterator[_Run | None]:
     """The training runs of a config; None for one that is finished."""
     if isinstance(cfg, TrainConfig):
-        yield _run(cfg, _model_of(cfg), cfg.out, keep_epochs=cfg.keep_epochs)
+        yield _run(cfg, model_of(cfg), cfg.out, keep_epochs=cfg.keep_epochs)
         return
-    model_cfg = named_size(cfg.size, vocab_size=_vocab_size(cfg), window=cfg.window)
+    model_cfg = model_of(cfg)
     for seed in range(cfg.seed, cfg.seed + cfg.seeds):
         home = cfg.out / f"seed_{seed}"
         for name, stage in {"base": cfg.base, "reasoning": cfg.reasoning}.items():
@@ -99,7 +103,14 @@ def _run(stage: Stage, model_cfg: ModelConfig, out: Path, *, keep_epochs: bool) 
     return _Run(max(0, stage.keep_saves - there), state, max(0, models), _bytes(model))
 
 
-def _model_of(cfg: TrainConfig) -> ModelConfig:
+def model_of(cfg: TrainConfig | StudyConfig) -> ModelConfig:
+    """Of the model that is trained.
+
+    Raises:
+      ValueError: no such size, or a model or tokenizer that cannot be read.
+    """
+    if isinstance(cfg, StudyConfig):
+        return named_size(cfg.size, vocab_size=_vocab_size(cfg), window=cfg.window)
     if cfg.model.path is not None:
         return read_model_config(cfg.model.path)
     assert cfg.model.size is not None

@@ -45,17 +45,25 @@ def visit(cfg: Any) -> Here:
 
     Args:
       cfg: a checked config.
-
-    Raises:
-      ValueError: the model that `cfg` names cannot be read.
     """
     machine = look(None if cfg is None else cfg.out)
     wanted = Wanted()
-    if isinstance(cfg, TrainConfig | StudyConfig | EvalConfig) and not machine.devices.fault:
-        from jaxtax.doctor.size import wanted_by
-
-        wanted = wanted_by(cfg)
+    if isinstance(cfg, TrainConfig | StudyConfig | EvalConfig):
+        wanted = _wanted(cfg, machine)
     return Here(with_peers(machine), wanted)
+
+
+def _wanted(cfg: TrainConfig | StudyConfig | EvalConfig, machine: Machine) -> Wanted:
+    from jaxtax.doctor.refusals import refusals
+    from jaxtax.doctor.size import wanted_by
+
+    wanted, refused = Wanted(), list(refusals(cfg, machine))
+    if not machine.devices.fault:
+        try:
+            wanted = wanted_by(cfg)
+        except ValueError as error:
+            refused += str(error).splitlines()
+    return replace(wanted, refused=tuple(dict.fromkeys(refused)))
 
 
 def meet(here: Here, settings: Hosts | None = None) -> tuple[Report, bool]:

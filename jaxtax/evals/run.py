@@ -12,7 +12,6 @@ Killed anywhere, the same call goes on from the last whole batch and ends with t
 run. Several processes compute each batch together, and the first one writes.
 """
 
-import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -22,7 +21,7 @@ from typing import Any
 
 from jax.sharding import Mesh
 
-from jaxtax.artifact import ORIGIN, digest_files, read_origin, write_json, write_origin, write_text
+from jaxtax.artifact import ORIGIN, digest_files, write_json, write_origin, write_text
 from jaxtax.chat.format import ChatFormat
 from jaxtax.chat.formats import chosen_chat, make_format, recorded_chat
 from jaxtax.chat.tokenizer import load_tokenizer
@@ -32,9 +31,10 @@ from jaxtax.config import EvalConfig, SystemMessage
 from jaxtax.config_file import dump
 from jaxtax.decoding import check_prompts, generate
 from jaxtax.decoding.sampling import reply_seed
+from jaxtax.evals.directory import check_directory, settled, subject_of
 from jaxtax.evals.lines import append_lines, keep_lines, read_lines
 from jaxtax.evals.tasks import Problem, load_problems
-from jaxtax.evals.verdicts import read_config, write_summary, write_verdicts
+from jaxtax.evals.verdicts import write_summary, write_verdicts
 from jaxtax.faults import all_of
 from jaxtax.hosts.first import first_does
 from jaxtax.hosts.limits import limits
@@ -64,11 +64,10 @@ def evaluate(cfg: EvalConfig, *, model: Transformer | None = None, progress: Pro
       ValueError: a mesh, task, file, prompt or model that cannot be used, or `cfg.out` holds something else;
         nothing is written then.
     """
-    subject = _subject(cfg)
+    check_directory(cfg)
+    subject = subject_of(cfg)
     chat, system = chosen_chat(cfg.model, cfg.chat, cfg.system)
-    compute = cfg.compute or read_description(cfg.model).dtype
-    cfg = cfg.model_copy(update={"chat": chat, "system": system, "compute": compute})
-    _check_place(cfg, subject)
+    cfg = settled(cfg)
     if first_does("whether all is done", lambda: (cfg.out / ORIGIN).exists(), seconds=limits().init):
         return cfg.out
     fmt = make_format(chat, load_tokenizer(cfg.model), system)
@@ -218,40 +217,8 @@ def _reply_batch(
     return rows
 
 
-def _subject(cfg: EvalConfig) -> dict[str, Any]:
-    """Which model is evaluated: what model.json holds."""
-    origin = read_origin(cfg.model, "model")
-    return {"path": str(cfg.model), "digest": origin["digest"], "parameters": origin["parameters"]}
-
-
 def _chat(name: str | None, system: SystemMessage | None) -> dict[str, Any]:
     return {"format": name, "system": None if system is None else system.model_dump(exclude_none=True)}
-
-
-def _check_place(cfg: EvalConfig, subject: dict[str, Any]) -> None:
-    """Checks that `cfg.out` is empty or holds this very evaluation, of a model with the same content."""
-    config_path, model_path = cfg.out / "config.yaml", cfg.out / "model.json"
-    if not config_path.exists():
-        # A hidden file is what a killed write left behind.
-        if cfg.out.exists() and (not cfg.out.is_dir() or any(p.name[0] != "." for p in cfg.out.iterdir())):
-            raise ValueError(f"{cfg.out} is not empty and holds no evaluation; give another out=DIR")
-        return
-    # Directories may have moved, and the digest tells whether it is the same model; other devices may be at
-    # hand when it goes on.
-    here = {"out", "model", "mesh"}
-    found = read_config(cfg.out).model_dump(mode="json", exclude=here)
-    wanted = cfg.model_dump(mode="json", exclude=here)
-    differing = [key for key in wanted if found.get(key) != wanted[key]]
-    if (
-        model_path.exists()
-        and json.loads(model_path.read_text(encoding="utf-8"))["digest"] != subject["digest"]
-    ):
-        differing.append("model")
-    if differing:
-        raise ValueError(
-            f"{cfg.out} holds an evaluation with another {', '.join(differing)}; "
-            "give another out=DIR, or remove that directory"
-        )
 
 
 def _claim_place(cfg: EvalConfig, subject: dict[str, Any], problems: Sequence[Problem]) -> None:

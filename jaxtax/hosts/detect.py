@@ -112,18 +112,34 @@ def _explicit(env: Env, faults: list[str]) -> Peers | None:
     ours = "JAXTAX_NUM_PROCESSES" in env or "JAXTAX_PROCESS_ID" in env
     if not ours and not ("NNODES" in env and "NODE_RANK" in env):
         if "JAXTAX_COORDINATOR" in env and not any(name in env for name in _LAUNCHED):
-            faults.append(
-                "JAXTAX_COORDINATOR is set, JAXTAX_NUM_PROCESSES and JAXTAX_PROCESS_ID are not; export all "
-                "three, or none for a single process"
-            )
+            faults.append(_incomplete(env, "JAXTAX_NUM_PROCESSES", "JAXTAX_PROCESS_ID"))
             return ALONE
         return None
     names = (counts or ["JAXTAX_NUM_PROCESSES"])[0], (numbers or ["JAXTAX_PROCESS_ID"])[0]
     if env.get(names[0]) == "1" and (names[1] == "JOB_COMPLETION_INDEX" or env.get(names[1], "0") == "0"):
         return Peers(0, 1, None, names[0])
-    count, index = (_number(env, name, faults) for name in names)
+    if any(name not in env for name in names):
+        faults.append(_incomplete(env, *names))
+    count, index = (_number(env, name, faults) if name in env else 0 for name in names)
     nodes = int(env["NNODES"]) if re.fullmatch(r"\d+", env.get("NNODES", "")) else None
     return Peers(index, count, _coordinator(env), " and ".join(names), nodes=nodes)
+
+
+def _incomplete(env: Env, count: str, index: str) -> str:
+    """The fault of an environment that tells some of the three and not all."""
+    there = [name for name in (count, index, "JAXTAX_COORDINATOR") if name in env]
+    absent = [name for name in (count, index) if name not in env]
+    if _coordinator(env) is None:
+        absent.append("JAXTAX_COORDINATOR")
+
+    def listed(names: list[str]) -> str:
+        return f"{' and '.join(names)} {'is' if len(names) == 1 else 'are'}"
+
+    return (
+        f"{listed(there)} set, {listed(absent)} not; export all three for each process, as in "
+        "JAXTAX_NUM_PROCESSES=2 JAXTAX_PROCESS_ID=0 JAXTAX_COORDINATOR=HOST_OF_PROCESS_0:PORT, or none for "
+        "a single process"
+    )
 
 
 def _open_mpi(env: Env, faults: list[str]) -> Peers | None:

@@ -1,4 +1,4 @@
-"""How a run ends: exit codes, a failure that ends all processes, and SIGTERM.
+"""How a run ends: exit codes, and a failure that ends all processes; told.py has SIGTERM.
 
 What a process ends with says what a launcher should do:
 
@@ -7,7 +7,7 @@ What a process ends with says what a launcher should do:
          program or of a machine once the work had begun
     2    a fault of the command, its config, its files or its machines; nothing was begun
     42   stood still: the watchdog ended it; the same command goes on from the last saved state
-    75   asked to leave (SIGTERM), and saved; the same command goes on from there
+    75   asked to leave (SIGTERM), and left; the same command goes on from what is saved
     130  interrupted from the keyboard
     134  lost another process: it was killed, its machine or the link to it is gone, or it did not come to a
          wait; the same command, in all processes, goes on from the last saved state
@@ -18,7 +18,6 @@ heartbeats of another: a survivor that notices by itself, in a collective, ends 
 """
 
 import contextlib
-import os
 import re
 import signal
 import sys
@@ -26,10 +25,11 @@ import threading
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import NoReturn
 
 from jaxtax.hosts import news, store
 from jaxtax.hosts.wait import PeerMissing, barrier
+from jaxtax.tell import tell
 
 EXIT_FAILED = 1
 EXIT_REFUSED = 2
@@ -67,7 +67,7 @@ def exits_hard() -> Iterator[None]:
     except BaseException as error:
         if not store.connected() or _is_good(error):
             raise
-        _end_all(error)
+        _end_all(_code(error), _last_words(error), error)
     if store.connected():
         _part()
 
@@ -88,23 +88,35 @@ def is_lost(error: BaseException) -> bool:
     return error.__cause__ is not None and is_lost(error.__cause__)
 
 
-def _end_all(error: BaseException) -> None:
+def end(code: int, words: str, error: BaseException) -> NoReturn:
+    """Ends the command because of `error`: says `words`, after all that the other processes have to say.
+
+    Raises:
+      SystemExit: in a single process; several are ended here.
+    """
+    if store.connected():
+        _end_all(code, words, error)
+    tell(words)
+    sys.exit(code)
+
+
+def _end_all(code: int, words: str, error: BaseException) -> NoReturn:
     if threading.current_thread() is threading.main_thread():
         # A launcher that sees one process end asks the others to; this one is on its way.
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    code = _code(error)
     if code == EXIT_AGAIN:
         # All stop at one step. None may be cut off by another's announcement while it tidies up.
         with contextlib.suppress(PeerMissing, RuntimeError):
             barrier("leaving", seconds=_TOGETHER)
-    sys.stdout.flush()
-    code = news.announce_failure(code, _in_a_line(error, code))
+    news.end_all(code, _in_a_line(error, code), words)
+
+
+def _last_words(error: BaseException) -> str:
     if isinstance(error, SystemExit):  # whoever raised it has said why
-        if isinstance(error.code, str):
-            print(error.code, file=sys.stderr)
-    elif not hasattr(error, "exit_code"):
-        traceback.print_exception(error)
-    news.leave_now(code)
+        return error.code if isinstance(error.code, str) else ""
+    if hasattr(error, "exit_code"):  # that of a typer.Exit
+        return ""
+    return "".join(traceback.format_exception(error)).rstrip()
 
 
 def _is_good(error: BaseException) -> bool:
@@ -131,79 +143,8 @@ def _in_a_line(error: BaseException, code: int) -> str:
     return f"{type(error).__name__}: {text}"[:500] if text else type(error).__name__
 
 
-class _Asked:
-    """Whether this process was asked to stop."""
-
-    def __init__(self) -> None:
-        self.yes = False
-        self.heeded = False
-
-    def take(self, number: int, frame: Any) -> None:
-        """The signal's handler."""
-        self.yes = True
-
-
-_asked = _Asked()
-
-
-@contextmanager
-def stop_signal() -> Iterator[None]:
-    """Only notes SIGTERM while the block runs; `stop_wanted` tells of it.
-
-    If the block ends before `stop_wanted` told of it, the signal is sent again, to whoever handled it before.
-    Signals come to the main thread; in another one this does nothing.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    _asked.yes = _asked.heeded = False
-    before = signal.signal(signal.SIGTERM, _asked.take)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
-    if _asked.yes and not _asked.heeded:
-        os.kill(os.getpid(), signal.SIGTERM)
-
-
-def stop_wanted(step: int, *, asked: bool | None = None) -> bool:
-    """Whether all processes stop after this step; they get the same answer at the same step.
-
-    Costs microseconds, as the asking goes on in another thread, and comes one step late, or as many as are
-    done in a second.
-
-    Args:
-      step: how far the run is; all processes call this once for every step, in the same order.
-      asked: whether this process was asked to stop; None: what `stop_signal` noted.
-    """
-    mine = _asked.yes if asked is None else asked
-    stop = news.listen().stop_wanted(mine, step) if store.connected() else mine
-    _asked.heeded |= stop
-    return stop
-
-
 class StoppedError(Exception):
     """The run was told to leave and did; the same command goes on from there."""
-
-
-@contextmanager
-def leaves_at_once() -> Iterator[None]:
-    """Turns SIGTERM into a StoppedError, for work that may be cut off anywhere.
-
-    Training may not, and has `stop_signal` instead.
-    """
-
-    def leave(number: int, frame: Any) -> None:
-        raise StoppedError("stopped by SIGTERM")
-
-    if threading.current_thread() is not threading.main_thread():  # Python handles signals in the main one
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, leave)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 @contextmanager

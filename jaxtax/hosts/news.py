@@ -13,15 +13,17 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TextIO
+from typing import NoReturn, TextIO
 
 from jaxtax.hosts import store
+from jaxtax.tell import tell
 
 _log = logging.getLogger(__name__)
 _LOOK = 0.5  # seconds between looks
 _GOODBYE = 4.0  # seconds for the others to end, once one has failed
+_SPEAK = 2.0  # seconds for whoever reads the log to take a line, and for the disk to give up a claim
 _PATIENCE = 60.0  # seconds between lines of the log while not all processes say how far they are
 
 
@@ -100,19 +102,17 @@ class News:
 
     def _follow(self, gone: dict) -> None:
         """Ends this process because another one failed."""
-        if _leaving or self._end.is_set():
+        if self._end.is_set() or not _leaving.acquire(blocking=False):
             return
         if gone["stuck"]:
             dump_stacks(f"process {store.index()}, when process {gone['process']} found the run stuck:")
         who = f"process {gone['process']} of {store.count()}"
-        print(
-            f"process {store.index()} leaves: {who} ended with {gone['reason']}", file=sys.stderr, flush=True
-        )
-        leave_now(gone["code"])
+        _leave_now(gone["code"], f"process {store.index()} leaves: {who} ended with {gone['reason']}")
 
 
 _news: News | None = None
-_leaving = False  # this process has failed itself
+_leaving = threading.Lock()  # taken for good by the thread that ends this process
+_held: list[Callable[[], None]] = []
 _stack_file: Path | None = None
 
 
@@ -133,53 +133,89 @@ def stop_listening() -> None:
         _news = None
 
 
-def announce_failure(code: int, reason: str, *, stuck: bool = False) -> int:
-    """Tells all processes to end, and waits for a moment while they do, so that this one speaks last.
+@contextlib.contextmanager
+def given_back(action: Callable[[], None]) -> Iterator[None]:
+    """Has `action` done if this process leaves in the middle of the block, when no `finally` is come to."""
+    give_back_at_the_end(action)
+    try:
+        yield
+    finally:
+        _held.remove(action)
+
+
+def give_back_at_the_end(action: Callable[[], None]) -> None:
+    """Has `action` done when this process leaves."""
+    _held.append(action)
+
+
+def end_all(code: int, reason: str, words: str = "", *, stuck: bool = False) -> NoReturn:
+    """Ends all processes of the run, or the only one, at once, and without JAX's goodbyes.
+
+    The others are told first, and given a moment, so that `words` come last in a log that all share. Nothing
+    holds this up: no stream, disk or process that does not answer.
 
     Args:
-      code: the exit code of all.
-      reason: a line for their logs.
-      stuck: whether they show where they are first.
-
-    Returns:
-      The exit code: of several failures the first counts, and who comes later does not wait.
+      code: the exit code of all; of several failures the first counts, and who comes later does not wait.
+      reason: a line for the logs of the others.
+      words: for this one's.
+      stuck: whether the others show where they are first.
     """
-    global _leaving
-    _leaving = True
+    if not _leaving.acquire(blocking=False):  # another thread is about to end this process
+        tell(words)
+        _leaving.acquire()
+    try:
+        if store.connected():
+            code = _announce(code, reason, stuck)
+    finally:
+        _leave_now(code, words)
+
+
+def _announce(code: int, reason: str, stuck: bool) -> int:
+    """Tells all processes to end, and waits for a moment while they do; the code to end with."""
     text = json.dumps({"process": store.index(), "code": code, "reason": reason, "stuck": stuck})
     codes = [code]
 
-    def tell() -> None:
+    def announce() -> None:
         if store.put_first("news/gone", text):
             _await_all("spoken", _GOODBYE - 1)
         elif first := store.get("news/gone"):
             codes.append(json.loads(first)["code"])
 
-    _within(_GOODBYE, tell)
+    _within(_GOODBYE, announce)
     return codes[-1]
 
 
-def leave_now(code: int) -> None:
-    """Ends this process at once, without the goodbyes of JAX's processes, which wait for each other."""
+def _leave_now(code: int, words: str) -> NoReturn:
+    """Ends this process at once: JAX's processes would wait for each other."""
 
-    def tell() -> None:
+    def speak() -> None:
+        if words:
+            tell(words)
+        for stream in filter(None, (sys.stdout, sys.stderr)):
+            with contextlib.suppress(OSError, ValueError):
+                stream.flush()
+
+    def part() -> None:
         store.put(f"spoken/{store.index()}", "")
         store.put(f"left/{store.index()}", "")
         if store.index() == 0:  # the service lives here, and JAX ends at once whoever loses it
             _await_all("left", _GOODBYE)
 
-    sys.stdout.flush()
-    sys.stderr.flush()
-    if store.connected():
-        _within(_GOODBYE + 1, tell)
-    os._exit(code)
+    try:
+        _within(_SPEAK, speak)
+        if store.connected():
+            _within(_GOODBYE + 1, part)
+        for give_back in reversed(_held):
+            _within(_SPEAK, give_back)
+    finally:
+        os._exit(code)
 
 
 def _within(seconds: float, action: Callable[[], None]) -> None:
-    """Does something with the service, which may be gone, or hang with its machine."""
+    """Does something for which nobody may be there any more: the service, a disk, who reads the log."""
 
     def act() -> None:
-        with contextlib.suppress(RuntimeError):
+        with contextlib.suppress(Exception):
             action()
 
     thread = threading.Thread(target=act, daemon=True)
@@ -211,7 +247,7 @@ def dump_stacks(head: str) -> None:
             else:
                 with out.open("a") as file:
                     _write_stacks(head, file)
-        except (OSError, ValueError):  # no such disk any more, or no stderr
+        except (OSError, ValueError, AttributeError):  # no such disk any more, or no stderr
             continue
 
 

@@ -1,7 +1,8 @@
 """This process among its peers, and what it logs."""
 
 import logging
-import sys
+
+from jaxtax.tell import tell
 
 
 def is_first_process() -> bool:
@@ -15,7 +16,7 @@ class _Stderr(logging.Handler):
     """Writes to whatever stderr is when a line comes: progress bars put themselves in its place."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        print(self.format(record), file=sys.stderr)
+        tell(self.format(record))
 
 
 def log_to_stderr() -> None:

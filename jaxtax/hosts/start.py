@@ -11,7 +11,8 @@ from pathlib import Path
 from jaxtax.hosts import news, store
 from jaxtax.hosts.detect import ALONE, Peers, detect
 from jaxtax.hosts.limits import Bounds, Settings, bounds, use
-from jaxtax.hosts.roll_call import roll_call
+from jaxtax.hosts.memory import take_share
+from jaxtax.hosts.roll_call import is_loopback, roll_call
 from jaxtax.hosts.tls import tls
 from jaxtax.hosts.tpu_vm import attribute, from_metadata, is_tpu_vm
 
@@ -54,6 +55,7 @@ def start(settings: Settings | None = None) -> Peers:
     faults += unreachable(peers, os.environ)
     if faults:
         raise ValueError("\n".join(faults))
+    take_share(os.environ)
     use(limits)
     if peers.count > 1:
         _connect(peers, limits)
@@ -74,6 +76,7 @@ def start_alone(verb: str) -> None:
             f"{peers.count} processes ({peers.where}): start it with one task, or without the launcher. "
             "Several are for `jaxtax study`, `train`, `eval` and `convert`"
         )
+    take_share(os.environ)
 
 
 def unreachable(peers: Peers, env: Mapping[str, str]) -> list[str]:
@@ -106,16 +109,6 @@ def _spares(name: str, host: str) -> bool:
         return ipaddress.ip_address(host) in ipaddress.ip_network(name, strict=False)
     except ValueError:
         return bool(name) and host.endswith("." + name.lstrip(".*"))
-
-
-def is_loopback(host: str) -> bool:
-    """Whether a name or address is each machine's own."""
-    if host in ("localhost", "localhost.localdomain", "ip6-localhost", ""):
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
 
 
 def _connect(peers: Peers, limits: Bounds) -> None:

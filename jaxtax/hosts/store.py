@@ -12,11 +12,10 @@ ROOT = "jaxtax/"
 
 def client() -> Any:
     """The connection to the coordination service; None in a single process."""
-    if "jax" not in sys.modules:  # nothing was connected, and to look would take its import
-        return None
-    from jax._src import distributed
-
-    return distributed.global_state.client
+    # Nothing is imported for it: a thread that asks while another imports JAX would wait for that.
+    distributed = sys.modules.get("jax._src.distributed")
+    state = getattr(distributed, "global_state", None)
+    return None if state is None else state.client
 
 
 def _service() -> Any:

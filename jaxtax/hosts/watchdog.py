@@ -146,11 +146,7 @@ class Watchdog:
             time.sleep(2 * _LOOK)  # the others' watchdogs are about to bark too, and say how far they are
             head = "\n".join([head, *self._late()])
         news.dump_stacks(head)
-        code = EXIT_STUCK
-        if store.connected():
-            code = news.announce_failure(code, f"standing still; {head}", stuck=True)
-        print(head, file=sys.stderr, flush=True)
-        news.leave_now(code)
+        news.end_all(EXIT_STUCK, f"standing still; {head}", head, stuck=True)
 
     def _late(self) -> list[str]:
         try:

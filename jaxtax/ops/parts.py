@@ -2,8 +2,8 @@
 
 The parts travel along an axis of their own, in front. Let travel along an inner axis, XLA for GPUs wants that
 axis first in memory, also in what the part was sliced from: it then holds a second copy of all weights of the
-model, turned, for the length of a step. So only the layer at hand is turned. For TPUs sums travel along the
-axis itself: of parts in front XLA makes a sum of the whole on every device, twice as much to send.
+model, turned, for the length of a step. So only the layer at hand is turned. For TPUs they travel along the
+axis itself: a sum of parts in front becomes one of the whole on every device, which is twice as much to send.
 
 For code that runs per device, in a shard_map.
 """
@@ -23,8 +23,8 @@ def gather(part: Array, names: str | tuple[str, ...], axis: int) -> Array:
     Args:
       names: the mesh axes that it is split over, the outer one first.
     """
-    if axis == 0:
-        return lax.all_gather(part, names, axis=0, tiled=True)
+    if axis == 0 or mesh_platform() == "tpu":
+        return lax.all_gather(part, names, axis=axis, tiled=True)
     parts = jnp.moveaxis(lax.all_gather(part, names), 0, axis)
     return parts.reshape(*part.shape[:axis], -1, *part.shape[axis + 1 :])
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxtax.faults import nearest
+from jaxtax.hosts.memory import SHARE
 from jaxtax.plan.packages import add_to_path, missing
 
 GIB = 2**30
@@ -23,6 +24,7 @@ class Kind:
 
     Attributes:
       platform: of JAX.
+      dimensions: how many sizes a machine of them has.
       memory: bytes that a program can have.
       flops: dense bfloat16 operations per second, as the maker gives them.
       bandwidth: bytes per second between the device and its memory.
@@ -30,21 +32,26 @@ class Kind:
     """
 
     platform: str
+    dimensions: tuple[int, ...]
     memory: int
     flops: float
     bandwidth: float
     why: str
 
 
-# GPUs: what nvidia-smi shows, times the share that XLA may take. CUDA, cuBLAS and NCCL live in the rest.
-_SHARE = "95 % of {} MiB, with XLA_PYTHON_CLIENT_MEM_FRACTION=0.95 set"
+def _gpu(gib: float, flops: float, bandwidth: float) -> Kind:
+    """A GPU of which CUDA lets programs have `gib`, which is less than nvidia-smi shows."""
+    why = f"{SHARE:.0%} of {gib} GiB: what each command takes of a GPU"
+    return Kind("cuda", (1, 2), round(SHARE * gib * GIB), flops, bandwidth, why)
+
+
 _BY_COMPILER = "what libtpu compiles for"
 KINDS = {
-    "h100": Kind("cuda", round(0.95 * 81_559 * 2**20), 989.4e12, 3.35e12, _SHARE.format("81,559")),
-    "h200": Kind("cuda", round(0.95 * 143_771 * 2**20), 989.4e12, 4.8e12, _SHARE.format("143,771")),
-    "v5p": Kind("tpu", round(95.74 * GIB), 459e12, 2.765e12, _BY_COMPILER),
-    "v6e": Kind("tpu", round(31.25 * GIB), 918e12, 1.64e12, _BY_COMPILER),
-    "cpu": Kind("cpu", 64 * GIB, 1e12, 0.1e12, "made up: a CPU shares its memory"),
+    "h100": _gpu(79.1, 989.4e12, 3.35e12),
+    "h200": _gpu(139.7, 989.4e12, 4.8e12),
+    "v5p": Kind("tpu", (3,), round(95.74 * GIB), 459e12, 2.765e12, _BY_COMPILER),
+    "v6e": Kind("tpu", (2,), round(31.25 * GIB), 918e12, 1.64e12, _BY_COMPILER),
+    "cpu": Kind("cpu", (1,), 64 * GIB, 1e12, 0.1e12, "made up: a CPU shares its memory"),
 }
 
 
@@ -84,12 +91,12 @@ def machine(topology: str) -> Machine:
     name, _, sizes = topology.partition(":")
     if name not in KINDS:
         raise ValueError(f"--topology {topology}: no device called {name!r}; {nearest(name, list(KINDS))}")
-    dimensions = {"tpu": (2, 3), "cuda": (1, 2), "cpu": (1,)}[KINDS[name].platform]
     shape = tuple(map(int, sizes.split("x"))) if re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", sizes) else ()
-    if len(shape) not in dimensions:
+    if len(shape) not in KINDS[name].dimensions:
+        sizes = " or ".join(map(str, KINDS[name].dimensions))
         raise ValueError(
-            f"--topology {topology}: expected {name}:SIZES, as in h200:1 or h100:8x8 (nodes x GPUs in each), "
-            "v5p:4x4x4 or v6e:8x8 (chips along each direction), cpu:8"
+            f"--topology {topology}: expected {name}:SIZES with {sizes} sizes, as in h200:1 or h100:8x8 "
+            "(nodes x GPUs in each), v5p:4x4x4 or v6e:8x8 (chips along each direction), cpu:8"
         )
     return Machine(topology, KINDS[name], shape)
 

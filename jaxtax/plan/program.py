@@ -4,6 +4,7 @@ The text is HLO after optimization, for one device: computations, each a list of
 `%name = type opcode(operands), attributes`. Loops say how often they run, where XLA knows it.
 """
 
+import itertools
 import math
 import re
 from collections.abc import Iterator
@@ -18,11 +19,15 @@ _COLLECTIVES = (
 _ARRAY = re.compile(r"\b([a-z]+\d*[a-z0-9]*)\[([\d,]*)\]")
 _CALLED = re.compile(r"\b(?:calls|to_apply|true_computation|false_computation)=%?([\w.-]+)")
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
+_BODY = re.compile(r"\bbody=%?([\w.-]+)")
+_INDEX = re.compile(r"\bindex=(\d+)")
 _TRIPS = re.compile(r'"?known_trip_count"?:\{"n":"?(\d+)')
-# Instructions whose result is no array of its own.
+_SLICED = "dynamic-update-slice"
+# Instructions whose result is no array of its own. What is started is counted where it is done.
 _NO_ARRAY = {
     "parameter", "tuple", "get-tuple-element", "while", "conditional", "call", "bitcast", "opt-barrier",
-    "constant", "async-start", "async-done", "async-update", "copy-done", "after-all", "iota",
+    "constant", "async-start", "async-done", "async-update", "after-all", "iota",
+    "copy-start", *(f"{kind}-start" for kind in _COLLECTIVES),
 }  # fmt: skip
 
 
@@ -69,7 +74,7 @@ class Program:
 
     def __init__(self, text: str) -> None:
         self._text = text
-        self._entry, self._computations = _parse(text)
+        self._entry, self._computations, self._roots = _parse(text)
 
     @property
     def aliased_outputs(self) -> set[int]:
@@ -84,23 +89,58 @@ class Program:
         return self._talk(self._entry, known)
 
     def arrays(self) -> Iterator[tuple[Instruction, str, tuple[int, ...]]]:
-        """Every array that is written to memory, with its dtype and shape; not what stays inside a fusion."""
-        fused = {
-            called
-            for body in self._computations.values()
-            for instruction in body
-            if instruction.opcode == "fusion"
-            for called in _CALLED.findall(instruction.rest)
-        }
+        """Every array that memory is taken for, with its dtype and shape.
+
+        Not what stays inside a fusion, what is written over a donated argument, what a loop hands on to its
+        next round, in the place of what it was given, and an array of which a slice is written anew.
+        """
+        fused, loops = set[str](), set[str]()
+        for instruction in itertools.chain(*self._computations.values()):
+            if instruction.opcode == "fusion":
+                fused.update(_CALLED.findall(instruction.rest))
+            elif instruction.opcode == "while":
+                loops.update(_BODY.findall(instruction.rest))
         for name, body in self._computations.items():
-            for instruction in () if name in fused else body:
+            if name in fused:
+                continue
+            in_place = self._handed_on(name, None if name in loops else self.aliased_outputs)
+            for instruction in body:
                 if instruction.opcode not in _NO_ARRAY:
-                    yield from ((instruction, *array) for array in instruction.arrays)
+                    for index, array in enumerate(instruction.arrays):
+                        if (instruction.name, index) not in in_place | self._sliced(instruction):
+                            yield instruction, *array
+
+    def _handed_on(self, name: str, outputs: set[int] | None) -> set[tuple[str, int]]:
+        """What makes those of the results of a loop's body (None: all), or of the program, that have a place
+        already: instructions, and which of the arrays of each."""
+        if name != self._entry and outputs is not None:
+            return set()
+        known = {instruction.name: instruction for instruction in self._computations[name]}
+        return {
+            _maker(known, result)
+            for index, result in enumerate(_results(known[self._roots[name]]))
+            if outputs is None or index in outputs
+        }
+
+    def _sliced(self, instruction: Instruction) -> set[tuple[str, int]]:
+        """Which arrays of an instruction are those that it was given, with a new slice."""
+        if instruction.opcode == _SLICED:
+            return {(instruction.name, 0)}
+        if instruction.opcode != "fusion":
+            return set()
+        inside = _CALLED.findall(instruction.rest)[0]
+        known = {inner.name: inner for inner in self._computations[inside]}
+        results = enumerate(_results(known[self._roots[inside]]))
+        return {
+            (instruction.name, index)
+            for index, result in results
+            if known[_maker(known, result)[0]].opcode == _SLICED
+        }
 
     def copies(self) -> Iterator[tuple[Instruction, str, tuple[int, ...]]]:
         """Those of `arrays` that only move numbers: copies, transposes, and fusions of them."""
         for instruction, dtype, shape in self.arrays():
-            if instruction.opcode in ("copy", "copy-start", "transpose") or re.match(
+            if instruction.opcode in ("copy", "copy-done", "transpose") or re.match(
                 r"(wrapped_|loop_|input_)*(copy|transpose)", instruction.name
             ):
                 yield instruction, dtype, shape
@@ -151,9 +191,11 @@ def size_of(dtype: str, shape: tuple[int, ...]) -> int:
     return math.ceil(each * math.prod(shape))
 
 
-def _parse(text: str) -> tuple[str, dict[str, list[Instruction]]]:
-    entry, body = "", []
+def _parse(text: str) -> tuple[str, dict[str, list[Instruction]], dict[str, str]]:
+    """The name of the first computation that runs; all of them; and the name of the last result of each."""
+    entry, name, body = "", "", []
     computations: dict[str, list[Instruction]] = {}
+    roots: dict[str, str] = {}
     for line in text.splitlines():
         if line.endswith("{") and not line.startswith((" ", "HloModule")):
             name = line.removeprefix("ENTRY ").partition(" ")[0].removeprefix("%")
@@ -161,7 +203,9 @@ def _parse(text: str) -> tuple[str, dict[str, list[Instruction]]]:
             entry = name if line.startswith("ENTRY ") else entry
         elif " = " in line and line.startswith(" ") and (instruction := _instruction(line)):
             body.append(instruction)
-    return entry, computations
+            if line.lstrip().startswith("ROOT "):
+                roots[name] = instruction.name
+    return entry, computations, roots
 
 
 def _instruction(line: str) -> Instruction | None:
@@ -203,6 +247,20 @@ def _called(instruction: Instruction) -> list[str]:
 
 def _operands(instruction: Instruction) -> list[str]:
     return re.findall(r"%([\w.-]+)", instruction.rest.partition(")")[0])
+
+
+def _results(root: Instruction) -> list[str]:
+    return _operands(root) if root.opcode == "tuple" else [root.name]
+
+
+def _maker(known: dict[str, Instruction], name: str) -> tuple[str, int]:
+    """The instruction that writes what is called `name`, and which of its arrays that is."""
+    index = 0
+    while (instruction := known[name]).opcode in ("bitcast", "get-tuple-element"):
+        if instruction.opcode == "get-tuple-element":
+            index = int(_INDEX.findall(instruction.rest)[0])
+        name = _operands(instruction)[0]
+    return name, index
 
 
 def _larger_side(instruction: Instruction, sizes: dict[str, int]) -> int:

@@ -41,29 +41,22 @@ def versions() -> dict[str, str]:
 
 
 def as_markdown(plans: Sequence[Mapping[str, Any]]) -> str:
-    """A table of plans; below one that does not fit, what would."""
-    return "\n".join([_HEADER, *(line for plan in plans for line in _lines(plan))])
+    """A table of plans, a line each."""
+    return "\n".join([_HEADER, *map(_line, plans)])
 
 
-def _lines(plan: Mapping[str, Any]) -> list[str]:
+def _line(plan: Mapping[str, Any]) -> str:
     report = plan["report"]
     sizes = {name: size / GIB for name, size in report["bytes_per_device"].items()}
     parts = ", ".join(f"{sizes[name]:.1f}" for name in ("params", "optimizer", "activations"))
     floor = report["seconds_floor"].values()
     seconds = sum(floor) if report["step"] == "train" else max(floor)
     speed = report["tokens_per_step"] / seconds / report["num_devices"]
-    lines = [
-        f"| `{plan['command']}` | {_verdict(report['fits'])} | {sizes['peak']:.1f} of "
-        f"{sizes['available']:.1f} | {parts} | {speed:,.0f} |"
-    ]
-    for way in report["ways"]:
-        words = " ".join(way["overrides"])
-        lines.append(f"| with `{words}` | {_verdict(way['fits'])} | {way['peak'] / GIB:.1f} | | |")
-    return lines
-
-
-def _verdict(fits: bool) -> str:
-    return "fits" if fits else "does not fit"
+    verdict = "fits" if report["fits"] else "does not fit"
+    return (
+        f"| `{plan['command']}` | {verdict} | {sizes['peak']:.1f} of {sizes['available']:.1f} | {parts} | "
+        f"{speed:,.0f} |"
+    )
 
 
 def main(path: Path, words: Sequence[str]) -> None:

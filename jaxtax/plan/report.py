@@ -4,7 +4,6 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 GIB = 2**30
-_IN_PLACE = {True: "updated in place, all of it", False: "NOT updated in place", None: "not compiled"}
 
 
 @dataclass(frozen=True)
@@ -33,8 +32,8 @@ class Report:
       bytes_per_device: params, optimizer, activations (all that lives only during the step, gradients
         included), peak, and what is available.
       fits: peak <= available.
-      state_aliased: every array of the state is updated in place; None: it did not compile, so that this,
-        the collectives and the largest arrays are not known.
+      state_aliased: every array of the state is updated in place; None: there is none, or it did not compile,
+        so that this, the collectives and what is said of arrays are not known.
       flops_per_token: of the model: 2 per weight and direction, attention by the keys that are seen.
       flops_per_token_done: with what remat computes again.
       tokens_per_step: over all devices.
@@ -45,7 +44,7 @@ class Report:
       loops_counted_once: loops with collectives in them that run an unknown number of times.
       largest_copy: bytes of the largest array that is only moved.
       largest_expanded: bytes of the largest array that holds all tokens of a device for all experts.
-      largest_temporary: bytes and shape of the largest array that is no weight, moment or gradient.
+      extra_stacks: where arrays that hold the weights of all layers are more than gradients; see stacks.py.
       compile_seconds: tracing included.
       ways: what else was compiled, if this does not fit; `note`: what no compilation says.
     """
@@ -69,7 +68,7 @@ class Report:
     loops_counted_once: int
     largest_copy: int
     largest_expanded: int
-    largest_temporary: dict[str, Any]
+    extra_stacks: list[dict[str, Any]]
     compile_seconds: float
     available_why: str
     ways: list[Way] = field(default_factory=list)
@@ -102,7 +101,7 @@ def table(report: Report) -> str:
         ("  optimizer", f"{_gib(sizes['optimizer'])} GiB"),
         ("  activations", f"{_gib(sizes['activations'])} GiB, gradients included"),
         ("  available", report.available_why),
-        ("state", _IN_PLACE[report.state_aliased]),
+        ("state", _state(report)),
         ("work", _work(report)),
         ("at the peak", f"{seconds:.3g} s a step: {_parts(floor)}; {_speed(report, seconds)}"),
     ]
@@ -114,13 +113,20 @@ def table(report: Report) -> str:
     for way in report.ways:
         fits = "fits" if way.fits else "does not fit"
         rows.append(("instead", f"{' '.join(way.overrides)}: {fits}, {_gib(way.peak)} GiB"))
-    if report.note:
-        rows.append(("note", report.note))
-    return "\n".join(f"{name:<20}  {value}".rstrip() for name, value in rows)
+    for found in report.extra_stacks:
+        arrays = f"{len(found['arrays'])} arrays of {found['stack']}"
+        rows.append(("weights again", f"{arrays}, for {found['gradients']} gradients"))
+    rows.append(("note", report.note))
+    return "\n".join(f"{name:<20}  {value}" for name, value in rows if value)
 
 
 def _gib(size: float) -> str:
     return f"{size / GIB:.1f}" if size >= GIB / 10 else f"{size / GIB:.2g}"
+
+
+def _state(report: Report) -> str:
+    in_place = {True: "updated in place, all of it", False: "NOT updated in place", None: "not compiled"}
+    return "" if report.step == "forward" else in_place[report.state_aliased]
 
 
 def _work(report: Report) -> str:

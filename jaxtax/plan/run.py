@@ -11,11 +11,13 @@ import jax
 from jax.sharding import Mesh
 
 from jaxtax.config import TrainConfig
+from jaxtax.config_blocks import MeshSizes
 from jaxtax.model.config import count_parameters
 from jaxtax.model.mlp import ExpertsForm
 from jaxtax.plan.machines import Machine, machine
 from jaxtax.plan.program import Program, size_of
 from jaxtax.plan.report import Report
+from jaxtax.plan.stacks import extra_stacks
 from jaxtax.plan.steps import Step, StepKind, Target, abstract_step, bytes_per_device, mesh_of, target
 from jaxtax.plan.ways import others
 from jaxtax.sharding import AXIS_TO_MESH, MESH_AXES, check_mesh
@@ -52,8 +54,8 @@ def plan(
     """
     say = say or (lambda _: None)
     where, wanted = machine(topology), target(cfg, kind, experts)
-    check(wanted, where)
     devices = where.devices()
+    check(wanted, where)
     say(f"compiling the {kind} step of {wanted.named} for {topology}")
     report = replace(examine(wanted, where, devices)[0], config=name)
     if report.fits or not tries:
@@ -68,10 +70,14 @@ def check(wanted: Target, where: Machine) -> None:
     """Checks that the mesh of a config is that of the machine and divides the model.
 
     Raises:
-      ValueError: it does not.
+      ValueError: it does not, or is none for generation.
     """
     cfg = wanted.cfg
     sizes = cfg.mesh.model_dump()
+    if wanted.kind != "train" and cfg.mesh.split_sequence:
+        raise ValueError(
+            f"mesh.split_sequence: unknown key of generation; known here: {', '.join(MeshSizes.model_fields)}"
+        )
     count = math.prod(sizes[axis] for axis in MESH_AXES)
     if count != where.num_devices:
         found = ", ".join(f"{axis}={sizes[axis]}" for axis in MESH_AXES)
@@ -106,11 +112,12 @@ def examine(wanted: Target, where: Machine, devices: list[Any]) -> tuple[Report,
 def _report(
     wanted: Target, where: Machine, mesh: Mesh, step: Step, program: Program | None, peak: int, seconds: float
 ) -> Report:
-    params, optimizer = bytes_per_device(step.params), bytes_per_device(step.optimizer)
+    trained, optimizer = bytes_per_device(step.trained), bytes_per_device(step.optimizer)
+    params = trained + bytes_per_device(step.frozen)
     work, kind, tokens = wanted.work(), where.kind, wanted.tokens
     sizes = {"params": params, "optimizer": optimizer, "activations": peak - params - optimizer}
-    # Of an update: gradients and weights are read, moments and weights are read and written.
-    moved = 3 * params + 2 * optimizer if wanted.kind == "train" else step.weights_read
+    # Of an update: gradients and trained weights are read, moments and these weights are read and written.
+    moved = 3 * trained + 2 * optimizer if wanted.kind == "train" else step.weights_read
     floor = work.done * tokens / where.num_devices / kind.flops
     talk = None if program is None else program.collectives
     return Report(
@@ -136,7 +143,7 @@ def _report(
         loops_counted_once=0 if talk is None else talk.uncounted,
         largest_copy=0 if program is None else max((size_of(*a[1:]) for a in program.copies()), default=0),
         largest_expanded=0 if program is None else _expanded(wanted, mesh, program),
-        largest_temporary={} if program is None else _largest(program, step),
+        extra_stacks=[] if program is None else _extra_stacks(wanted, step, program),
         compile_seconds=seconds,
         available_why=kind.why,
     )
@@ -162,40 +169,42 @@ def _too_much(error: Exception, where: Machine, step: Step) -> int:
     found = all_of_it or re.search(r"required for HLO temporaries \(([\d.]+)([GMK])\)", str(error))
     if found is None:
         raise ValueError(f"the step does not compile for {where.name}: {error}") from error
-    arguments = 0 if all_of_it else bytes_per_device((step.params, step.optimizer))
+    arguments = 0 if all_of_it else bytes_per_device((step.trained, step.frozen, step.optimizer))
     return arguments + round(float(found[1]) * 2 ** {"G": 30, "M": 20, "K": 10}[found[2]])
 
 
-def _is_aliased(program: Program, step: Step) -> bool:
-    return set(range(len(jax.tree.leaves(step.state)))) <= program.aliased_outputs
+def _is_aliased(program: Program, step: Step) -> bool | None:
+    outputs = set(range(len(jax.tree.leaves(step.state))))
+    return outputs <= program.aliased_outputs if outputs else None
 
 
 def _counted(count: dict[str, int], size: dict[str, int]) -> dict[str, dict[str, int]]:
     return {kind: {"count": count[kind], "bytes": size[kind]} for kind in sorted(count)}
 
 
-def _largest(program: Program, step: Step) -> dict[str, Any]:
-    """The largest array that has not the shape of something in the state, as it lies on a device."""
-    known = {leaf.sharding.shard_shape(leaf.shape) for leaf in jax.tree.leaves((step.params, step.state))}
-    arrays = [
-        (size_of(dtype, shape), dtype, shape) for _, dtype, shape in program.arrays() if shape not in known
-    ]
-    size, dtype, shape = max(arrays, default=(0, "", ()))
-    return {"bytes": size, "dtype": dtype, "shape": list(shape)}
+def _extra_stacks(wanted: Target, step: Step, program: Program) -> list[dict[str, Any]]:
+    cfg = wanted.cfg
+    pieces = cfg.mesh.fsdp if cfg.mesh.split_sequence else 1
+    # Those of one micro batch, and their sum over all of them.
+    gradients = 1 if cfg.micro_batches == 1 else 2
+    return extra_stacks(program, step.trained, step.frozen, gradients, cfg.data.row_tokens // pieces)
 
 
 def _expanded(wanted: Target, mesh: Mesh, program: Program) -> int:
-    """Bytes of the largest array that is all tokens of a device for all experts: what a `ragged_dot` becomes
-    where it has no kernel."""
+    """Bytes of the largest array that is all tokens of a device for all its experts: what a `ragged_dot`
+    becomes where it has no kernel."""
     cfg, moe = wanted.model_cfg, wanted.model_cfg.moe
     if moe is None or wanted.kind == "decode":
         return 0
     others = math.prod(mesh.shape[axis] for axis in AXIS_TO_MESH["batch"])
     tokens = wanted.tokens // (others * wanted.cfg.micro_batches)
-    least = moe.num_experts * tokens * min(cfg.embed_dim, cfg.mlp_dim)
+    experts = moe.num_experts // mesh.shape["expert"]
+    least = experts * tokens * min(cfg.embed_dim, cfg.mlp_dim // mesh.shape["tensor"])
     sizes = (
         size_of(dtype, shape)
         for _, dtype, shape in program.arrays()
-        if math.prod(shape) >= least and any(size and size % tokens == 0 for size in shape)
+        if math.prod(shape) >= least
+        and any(size % tokens == 0 for size in shape)
+        and (experts in shape or any(size % (experts * tokens) == 0 for size in shape))
     )
     return max(sizes, default=0)

@@ -12,7 +12,6 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -27,9 +26,9 @@ from jaxtax.model.config import SIZES, ModelConfig, named_size
 from jaxtax.model.mlp import ExpertsForm
 from jaxtax.model.transformer import Transformer
 from jaxtax.plan.work import Work, decoding_work, forward_work, training_work
-from jaxtax.sharding import MESH_AXES, batch_sharding, shardings
+from jaxtax.sharding import MESH_AXES, _arranged, batch_sharding, shardings
 from jaxtax.train.optimizer import form, recipe
-from jaxtax.train.step import Settings, initial_state, split, train_step_on
+from jaxtax.train.step import Settings, TrainState, initial_state, split, train_step_on
 
 StepKind = Literal["train", "forward", "decode"]
 
@@ -68,17 +67,19 @@ class Target:
 
 @dataclass(frozen=True)
 class Step:
-    """A step that can be lowered: `lower()` traces it. `state` is donated, `params` and `others` are read.
+    """A step that can be lowered: `lower()` traces it. `state` is donated, the rest is read.
 
     Attributes:
-      params: weights, trained or not.
+      trained: weights that the step changes.
+      frozen: the other weights; of generation all.
       optimizer: moments.
       state: what the step gives back changed, in the order of its outputs.
       weights_read: bytes of weights that a device reads when it generates.
     """
 
     lower: Callable[[], Any]
-    params: Any
+    trained: Any
+    frozen: Any
     optimizer: Any
     state: Any
     weights_read: float = 0.0
@@ -114,7 +115,8 @@ def abstract_step(target: Target, mesh: Mesh) -> Step:
 
 def mesh_of(devices: list[Any], sizes: Mapping[str, int]) -> Mesh:
     """The mesh that a run on all of `devices` would make."""
-    return Mesh(np.asarray(devices).reshape([sizes.get(axis, 1) for axis in MESH_AXES]), MESH_AXES)
+    shape = tuple(sizes.get(axis, 1) for axis in MESH_AXES)
+    return Mesh(_arranged(devices, shape, len(devices)), MESH_AXES)
 
 
 def bytes_per_device(tree: Any) -> int:
@@ -140,16 +142,43 @@ def _usual(cfg: ModelConfig, trained: bool) -> ExpertsForm:
     return "mxfp4" if cfg.family == "gpt_oss" and blocks and not trained else "plain"
 
 
+def held_bytes(target: Target) -> int:
+    """Over all devices, one copy of each: weights, and when they are trained their moments and gradients."""
+    if target.kind != "train":
+        return _total(_model(target, target.cfg.precision.compute))
+    _, state, frozen = _state(target)
+    # Summed over micro batches they are float32: see train/step.py.
+    gradients = [
+        leaf.size * (4 if target.cfg.micro_batches > 1 else leaf.dtype.itemsize)
+        for leaf in jax.tree.leaves(state.params)
+    ]
+    return _total((state, frozen)) + sum(gradients)
+
+
+def _total(tree: Any) -> int:
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
 def _model(target: Target, dtype: str) -> Any:
-    cfg, experts = target.model_cfg, target.experts
+    return _abstract(target.model_cfg, target.experts, dtype)
+
+
+@functools.cache  # a search for what would fit asks for the same few many times
+def _abstract(cfg: ModelConfig, experts: ExpertsForm, dtype: str) -> Any:
     return jax.eval_shape(lambda: Transformer(cfg, rngs=nnx.Rngs(0), param_dtype=dtype, experts=experts))
+
+
+def _state(target: Target) -> tuple[Any, TrainState, Any]:
+    """The model's structure, the state of its training, and its frozen weights; abstract, nowhere yet."""
+    cfg = target.cfg
+    graphdef, params, frozen = split(_model(target, cfg.precision.params), cfg.freeze)
+    made = functools.partial(initial_state, form=form(cfg.optimizer, cfg.precision))
+    return graphdef, jax.eval_shape(made, params), frozen
 
 
 def _train(target: Target, mesh: Mesh) -> Step:
     cfg = target.cfg
-    graphdef, params, frozen = split(_model(target, cfg.precision.params), cfg.freeze)
-    kept = form(cfg.optimizer, cfg.precision)
-    state = jax.eval_shape(functools.partial(initial_state, form=kept), params)
+    graphdef, state, frozen = _state(target)
     state, frozen = (_placed(tree, shardings(tree, mesh)) for tree in (state, frozen))
     numbers = jax.eval_shape(lambda: replace(recipe(cfg.optimizer, 100), **_limits()))
     numbers = _placed(numbers, NamedSharding(mesh, P()))
@@ -160,7 +189,7 @@ def _train(target: Target, mesh: Mesh) -> Step:
         loss_chunk=cfg.loss_chunk,
         compute=cfg.precision.compute,
         remat=cfg.remat,
-        form=kept,
+        form=form(cfg.optimizer, cfg.precision),
         split_sequence=cfg.mesh.split_sequence,
     )
     batch, step = _batch(cfg, mesh), train_step_on(mesh, state)
@@ -168,7 +197,7 @@ def _train(target: Target, mesh: Mesh) -> Step:
     def lower() -> Any:
         return step.lower(state, frozen, batch, numbers, settings)
 
-    return Step(lower, (state.params, frozen), state.opt_state, state)
+    return Step(lower, state.params, frozen, state.opt_state, state)
 
 
 def _limits() -> dict[str, Any]:
@@ -183,7 +212,7 @@ def _forward(target: Target, mesh: Mesh) -> Step:
     def lower() -> Any:
         return start.lower(model, rows.tokens_BT, rows.segments_BT, state.seeds_B, decoding=decoding)
 
-    return Step(lower, model, (), (), _weights_read(target, model, rows.tokens_BT.size))
+    return Step(lower, (), model, (), (), _weights_read(target, model, rows.tokens_BT.size))
 
 
 def _decode(target: Target, mesh: Mesh) -> Step:
@@ -193,7 +222,7 @@ def _decode(target: Target, mesh: Mesh) -> Step:
     def lower() -> Any:
         return advance.lower(model, state, 2, decoding=decoding)
 
-    return Step(lower, model, (), state, _weights_read(target, model, target.cfg.batch_rows))
+    return Step(lower, (), model, (), state, _weights_read(target, model, target.cfg.batch_rows))
 
 
 def _weights_read(target: Target, model: Any, tokens: int) -> float:

@@ -6,14 +6,13 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-import jax.numpy as jnp
-
-from jaxtax.model.config import count_parameters
 from jaxtax.plan.machines import Machine
 from jaxtax.plan.report import Report, Way
-from jaxtax.plan.steps import Target
+from jaxtax.plan.steps import Target, held_bytes
 
 Overrides = dict[str, Any]
+
+_REMAT = ("none", "attn", "full")  # from the least that is computed again on
 
 # Forms of the optimizer, each with those before it: 6, 4 and 2 bytes of weights and moments per weight.
 _FORMS: tuple[Overrides, ...] = (
@@ -46,7 +45,7 @@ def others(
             continue
         if len(ways) == tries or sum(way.fits for way in ways) == 2:
             break
-        if state_bytes(other) / where.num_devices > available:
+        if held_bytes(other) / where.num_devices > available:
             continue
         words = tuple(f"{key}={_word(value)}" for key, value in overrides.items())
         say(f"compiling with {' '.join(words)}")
@@ -69,26 +68,16 @@ def with_overrides(cfg: Any, overrides: Overrides) -> Any:
     return type(cfg).model_validate(data)
 
 
-def state_bytes(wanted: Target) -> float:
-    """Weights, moments and gradients over all devices, frozen weights counted as trained ones."""
-    cfg = wanted.cfg
-    weight = jnp.dtype(cfg.precision.params).itemsize
-    moment = jnp.dtype(cfg.optimizer.moments or cfg.precision.params).itemsize
-    moments = moment * (cfg.optimizer.first_moment + (cfg.optimizer.second_moment == "full"))
-    grads = 4 if cfg.micro_batches > 1 else weight
-    if wanted.kind != "train":
-        weight, moments, grads = weight if wanted.experts == "plain" else weight / 4, 0, 0
-    return float(count_parameters(wanted.model_cfg)) * (weight + moments + grads)
-
-
 def _candidates(wanted: Target, where: Machine) -> list[Overrides]:
-    """Other forms of the optimizer, each with the levels of remat, then other meshes, then both."""
+    """Other forms of the optimizer, each with more recomputation, then the same on other meshes."""
     cfg = wanted.cfg
     forms: list[Overrides] = [{}]
+    remat: list[Overrides] = [{}]
     if wanted.kind == "train":
         for change in _FORMS:
             forms.append(forms[-1] | change)
-    remat: list[Overrides] = [{}] if cfg.remat == "full" or wanted.kind != "train" else [{"remat": "full"}]
+        later = _REMAT[_REMAT.index(cfg.remat) + 1 :]
+        remat += [{"remat": level} for level in later]
     same: Overrides = {}
     shapes = [same, *_meshes(wanted, where)]
     made = [{**form, **again, **mesh} for mesh, form, again in itertools.product(shapes, forms, remat)]
@@ -115,7 +104,7 @@ def _meshes(wanted: Target, where: Machine) -> list[Overrides]:
 
 def _more_devices(wanted: Target, where: Machine, found: Report) -> str:
     """How many devices the config as it stands needs, from what it took here."""
-    state = state_bytes(wanted)
+    state = held_bytes(wanted)
     others = max(0.0, found.bytes_per_device["peak"] - state / where.num_devices)
     room = where.kind.memory - others
     if room <= 0:

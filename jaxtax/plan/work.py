@@ -38,9 +38,9 @@ def training_work(cfg: ModelConfig, row_tokens: int, *, remat: str, freeze: tupl
 
 
 def forward_work(cfg: ModelConfig, row_tokens: int) -> Work:
-    """Of a forward pass with the head at every token."""
+    """Of reading prompts, which needs the head at the last token of a row alone."""
     qkv, out, mlp, head = _products(cfg)
-    forward = cfg.num_layers * (qkv + out + mlp) + head + _attention(cfg, row_tokens)
+    forward = cfg.num_layers * (qkv + out + mlp) + head / row_tokens + _attention(cfg, row_tokens)
     return Work(forward, forward, forward)
 
 

@@ -61,9 +61,9 @@ class Progress:
           stream: stderr unless given.
           seconds_between_lines: at least this long between two lines about one stage.
         """
-        out: TextIO = stream or sys.stderr
+        out: TextIO | None = stream or sys.stderr  # which is None where it was closed
         if show == "auto":
-            show = "live" if out.isatty() else "lines"
+            show = "live" if out is not None and out.isatty() else "lines"
         screens = {"live": Live, "lines": Lines, "nothing": Nothing}
         self._screen: Nothing = screens[show](self, out, seconds_between_lines)
         self._begin(name, total, 0.0, None, 0.0)

@@ -1,8 +1,11 @@
 """What a progress shows: nothing, plain lines, or live bars; and how it says counts and times."""
 
+import contextlib
 import time
 from datetime import datetime
 from typing import TYPE_CHECKING, Any, TextIO
+
+from jaxtax.tell import tell
 
 if TYPE_CHECKING:
     from jaxtax.progress import Progress
@@ -42,10 +45,15 @@ def _left(node: "Progress") -> str:
     return f"{duration(left)} left" if left is not None and node.share < 1.0 else ""
 
 
+def _though_gone() -> contextlib.suppress:
+    """A terminal that was closed ends no work."""
+    return contextlib.suppress(OSError, ValueError)
+
+
 class Nothing:
     """What a progress needs of whatever shows it; this one shows nothing."""
 
-    def __init__(self, root: "Progress", stream: TextIO, seconds_between: float) -> None:
+    def __init__(self, root: "Progress", stream: TextIO | None, seconds_between: float) -> None:
         self._root = root
         self._stream = stream
         self._seconds_between = seconds_between
@@ -75,7 +83,7 @@ class Lines(Nothing):
     _last = float("-inf")
 
     def say(self, text: str) -> None:
-        print(f"{datetime.now():%H:%M:%S} {text}", file=self._stream, flush=True)
+        tell(f"{datetime.now():%H:%M:%S} {text}", self._stream)
 
     def opened(self, node: "Progress") -> None:
         self._last = time.monotonic()
@@ -110,13 +118,16 @@ class Live(Nothing):
 
         console = Console(file=self._stream, markup=False, highlight=False)
         self._live = Live(get_renderable=self._draw, console=console, refresh_per_second=4)
-        self._live.start()
+        with _though_gone():
+            self._live.start()
 
     def stop(self) -> None:
-        self._live.stop()
+        with _though_gone():
+            self._live.stop()
 
     def say(self, text: str) -> None:
-        self._live.console.print(text)
+        with _though_gone():
+            self._live.console.print(text)
 
     def _draw(self) -> Any:
         from rich.console import Group

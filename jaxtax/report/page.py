@@ -35,11 +35,18 @@ from jaxtax.report.words import (
 Summary = Mapping[str, Any]
 
 
-def render_page(study: Study, summary: Summary) -> str:
-    """index.html."""
+def render(study: Study, summary: Summary) -> dict[str, str]:
+    """The texts of a report by the names of their files: the page, the Markdown and the figures it shows."""
+    shared = _shared(study, summary)
+    figures = _figures(shared)
+    # At last: that the report is written takes time, too.
+    shared["times"], shared["time_kinds"] = time_spent(study.directory)
+    return {"index.html": _page(study, shared), "report.md": _markdown(shared), **figures}
+
+
+def _page(study: Study, shared: Mapping[str, Any]) -> str:
     data = explorer_data(study) if study.models else None
     script = _file("explorer.js")
-    shared = _shared(study, summary)
     sheets = ("palette.css", "page.css", "figures.css", "explorer.css")
     template = _environment("html").get_template("page.html.j2")
     return template.render(
@@ -53,23 +60,21 @@ def render_page(study: Study, summary: Summary) -> str:
     )
 
 
-def render_markdown(study: Study, summary: Summary) -> str:
-    """report.md."""
-    shared = _shared(study, summary)
+def _markdown(shared: Mapping[str, Any]) -> str:
     text = _environment("md").get_template("report.md.j2").render(**shared)
     return re.sub(r"\n{3,}", "\n\n", text)
 
 
-def render_figures(summary: Summary) -> dict[str, str]:
-    """The figures as files of their own, by name; report.md shows them."""
+def _figures(shared: Mapping[str, Any]) -> dict[str, str]:
+    """The figures as files of their own, by name."""
     environment = _environment("html")
     style = "".join(_file(name) for name in ("palette.css", "figures.css"))
     style += "svg.figure { background: var(--paper); font-family: 'Liberation Sans', Arial, sans-serif; }"
     drawn: dict[str, tuple[str, Any]] = {
-        f"{figure.name}.svg": ("curves", figure) for figure in _curves(summary)
+        f"{figure.name}.svg": ("curves", figure) for figure in shared["curves"]
     }
-    if (figure := plane(summary)) is not None:
-        drawn["plane.svg"] = ("plane", figure)
+    if shared["plane"] is not None:
+        drawn["plane.svg"] = ("plane", shared["plane"])
     macros = environment.get_template("figures.svg.j2").module
     return {
         name: str(getattr(macros, kind)(figure, style)).strip() + "\n"
@@ -85,10 +90,7 @@ def _shared(study: Study, summary: Summary) -> dict[str, Any]:
     lost = [row for row in summary["tax"] if row["lost"]]
     seen = [row["points_lost"]["value"] for tax in lost for row in tax["by_seed"]]
     seen = [value for value in seen if value is not None]
-    times, time_kinds = time_spent(study.directory)
     return {
-        "times": times,
-        "time_kinds": time_kinds,
         "summary": summary,
         "findings": findings(summary),
         "facts": _facts(study, summary),

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from jaxtax.artifact import ORIGIN, digest_files, read_origin, write_json, write_origin, write_text
-from jaxtax.report.page import render_figures, render_markdown, render_page
+from jaxtax.report.page import render
 from jaxtax.report.study_files import read_study
 from jaxtax.report.summary import summarize
 
@@ -28,11 +28,7 @@ def write_report(study_dir: Path, out: Path | None = None) -> Path:
     _check_place(out, own)
     study = read_study(study_dir)
     summary = summarize(study)
-    texts = {
-        "index.html": render_page(study, summary),
-        "report.md": render_markdown(study, summary),
-        **render_figures(summary),
-    }
+    texts = render(study, summary)
     out.mkdir(parents=True, exist_ok=True)
     write_json(out / "summary.json", summary)
     for name, text in texts.items():

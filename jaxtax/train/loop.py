@@ -28,9 +28,10 @@ from jaxtax.checkpoint.together import FailedError, everyone
 from jaxtax.config import TrainConfig
 from jaxtax.data.place import place_batch
 from jaxtax.goodput import Ledger
-from jaxtax.hosts.leave import StoppedError, at_work, stop_signal, stop_wanted
+from jaxtax.hosts.leave import StoppedError, at_work
 from jaxtax.hosts.limits import bounds, limits, use
 from jaxtax.hosts.process import is_first_process
+from jaxtax.hosts.told import stop_signal, stop_wanted
 from jaxtax.hosts.watchdog import Budgets, Watchdog
 from jaxtax.progress import Progress, quiet
 from jaxtax.sharding import replicated, tell_idle_devices

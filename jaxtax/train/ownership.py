@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+from jaxtax.artifact import in_words
 from jaxtax.checkpoint.together import everyone
 from jaxtax.hosts.limits import limits
 from jaxtax.hosts.process import is_first_process
@@ -54,8 +55,13 @@ def owned(out: Path, what: str, say: Callable[[str], None]) -> Iterator[Owner]:
             try:
                 out.mkdir(parents=True, exist_ok=True)
                 held = stack.enter_context(claim(out, what, say=say))
-            except (ValueError, OSError) as error:
+            except ValueError as error:
                 fault = str(error)
+            except OSError as error:
+                fault = (
+                    f"out={out} cannot be written to ({in_words(error)}); give another out=DIR, or mend its "
+                    "rights, the room on its disk, or how that is mounted"
+                )
         mine = [fault, None if held is None else held.token]
         told = everyone("claiming the directory", mine, seconds=LEASE + _SECONDS)
         _raise_all([fault for fault, _ in told])

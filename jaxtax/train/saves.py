@@ -74,7 +74,7 @@ class Saves:
                 raise FailedError(f"{in_words(error)}; {why}, so the run has stopped; {kept}") from error
         else:
             self._failed, self._newest = 0, step
-            self._ledger.saved()
+            self._ledger.saved(step)
 
     def save_model(self, directory: Path, write: Callable[[Path], None]) -> str | None:
         """Has a model written, unless it is there: None, or why it could not be.
@@ -90,6 +90,7 @@ class Saves:
         except (FailedError, DamagedError) as error:  # what was written cannot be read back
             self._ledger.event(f"{directory} could not be written: {in_words(error)}")
             return in_words(error)
+        self._ledger.saved()  # apart from the state that comes next
         return None
 
     def say_owed(self, directory: Path, fault: str) -> None:
