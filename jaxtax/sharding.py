@@ -207,6 +207,9 @@ class Sized(Protocol):
     def moe(self) -> Any: ...
 
 
+_BY_TENSOR = ("num_heads", "num_kv_heads", "mlp_dim", "vocab_size")
+
+
 def check_mesh(
     cfg: Sized,
     sizes: Mapping[str, int],
@@ -235,9 +238,8 @@ def check_mesh(
     demands = [
         ("*".join(row_names), rows_split, "batch_rows / micro_batches", rows),
         ("fsdp", fsdp, "embed_dim", cfg.embed_dim),
+        *(("tensor", tensor, what, getattr(cfg, what)) for what in _BY_TENSOR),
     ]
-    for what in ("num_heads", "num_kv_heads", "mlp_dim", "vocab_size"):
-        demands.append(("tensor", tensor, what, getattr(cfg, what)))
     if cfg.moe is not None:  # of a dense model, `expert` holds rows and nothing else
         demands.append(("expert", expert, "num_experts", cfg.moe.num_experts))
     if four_bit_experts:

@@ -27,6 +27,6 @@ def let_go(stream: TextIO | None) -> None:
         stream.flush()
     except (OSError, ValueError):
         with contextlib.suppress(OSError, ValueError):
-            nowhere = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(nowhere, stream.fileno())
+            broken, nowhere = stream.fileno(), os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, broken)
             os.close(nowhere)

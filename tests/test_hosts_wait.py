@@ -170,6 +170,27 @@ def test_a_single_process_that_stands_still_is_ended_with_its_stacks(tmp_path):
         assert "in sleep_like_a_log" in text
 
 
+HOLDS_ALL = """
+import ctypes
+from jaxtax.hosts import watchdog
+watchdog._SPARE = 1.0
+with watchdog.Watchdog() as dog:
+    dog.enter("dig", 0.7)
+    watchdog.time.sleep(0.8 * watchdog._LOOK * 2)
+    def hold():
+        ctypes.PyDLL(None).sleep(60)  # without letting go of the interpreter
+    hold()
+"""
+
+
+def test_a_process_whose_interpreter_is_held_is_ended_with_its_stacks_too():
+    began = time.monotonic()
+    done = subprocess.run([sys.executable, "-c", HOLDS_ALL], capture_output=True, text=True)
+    assert done.returncode == leave.EXIT_FAILED
+    assert time.monotonic() - began < 20
+    assert "in hold" in done.stderr
+
+
 def test_work_that_goes_on_is_left_alone():
     with Watchdog(Budgets()) as watchdog:
         watchdog.enter("dig", 0.8)

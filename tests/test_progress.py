@@ -2,11 +2,13 @@
 
 import io
 import re
+import sys
 
 import pytest
 
 from jaxtax import progress
 from jaxtax.progress import Progress, duration, quiet
+from jaxtax.tell import let_go
 
 
 class Clock:
@@ -191,6 +193,30 @@ def test_a_terminal_gets_bars():
     shown = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", stream.getvalue())
     assert "kept [x]" in shown
     assert "study" in shown
+
+
+@pytest.mark.parametrize("show", ["lines", "live"])
+@pytest.mark.parametrize("closed", [False, True])
+def test_a_stream_that_takes_nothing_ends_no_work(show, closed):
+    with open("/dev/full", "w") as full:
+        if closed:
+            full.close()
+        with Progress("study", show=show, stream=full, seconds_between_lines=0) as root:
+            with root.stage("seed 0", total=3) as bar:
+                for done in (1, 2, 3):
+                    bar.update(done)
+                    root.say("kept")
+            root.skip("seed 1")
+        assert root.share == 1.0
+        let_go(full)
+
+
+def test_without_a_stderr_all_goes_on(monkeypatch):
+    monkeypatch.setattr(sys, "stderr", None)
+    with Progress("study", seconds_between_lines=0) as root, root.stage("a", total=2) as bar:
+        bar.update(1)
+        root.say("kept")
+    assert root.share == 1.0
 
 
 def test_what_shows_nothing_writes_nothing(capfd):

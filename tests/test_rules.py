@@ -22,7 +22,7 @@ PACKAGE = ROOT / "jaxtax"
 LEVELS = {
     "config_blocks": -1, "tell": -1,
     "hosts": 0, "artifact": 0, "json_lines": 0, "progress": 0, "config": 0, "yaml_text": 0, "config_words": 0,
-    "faults": 0, "tell": -1,
+    "faults": 0,
     "config_file": 0.5, "goodput": 0.5, "owner": 0.5,
     "sharding": 0.9, "ops": 1,
     "model": 2, "chat": 2,

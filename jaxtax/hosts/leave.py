@@ -4,7 +4,7 @@ What a process ends with says what a launcher should do:
 
     0    done
     1    failed: a training that diverged, damaged files, a save that could not be made up for, a fault of the
-         program or of a machine once the work had begun
+         program or of a machine once the work had begun; or so stuck that not even the watchdog could run
     2    a fault of the command, its config, its files or its machines; nothing was begun
     42   stood still: the watchdog ended it; the same command goes on from the last saved state
     75   asked to leave (SIGTERM), and left; the same command goes on from what is saved

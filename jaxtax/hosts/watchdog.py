@@ -4,6 +4,7 @@ A process that is killed, or whose machine is lost, is missed by its heartbeats.
 beating while all others wait for it, in a collective, for ever. So each process watches its own progress.
 """
 
+import contextlib
 import faulthandler
 import json
 import statistics
@@ -52,6 +53,9 @@ class Watchdog:
     When nothing was heard for longer than the budget, it writes where all threads are, to stderr and to
     DIRECTORY/stacks-INDEX.txt, has the other processes do the same, names those that are behind, and ends all
     with EXIT_STUCK. Time in which the whole process was frozen does not count.
+
+    A process of which not even this thread runs, because another never lets go of the interpreter, writes its
+    stacks a minute later and ends with EXIT_FAILED: that is all that Python has for it.
     """
 
     def __init__(self, budgets: Budgets | None = None, *, directory: Path | None = None) -> None:
@@ -119,7 +123,9 @@ class Watchdog:
                 still, budget = now - self._last, self.budget()
             looked = now
             # If a thread never lets go of the interpreter, this one does not run either.
-            faulthandler.dump_traceback_later(budget + _SPARE, exit=True, file=sys.__stderr__ or sys.stderr)
+            with contextlib.suppress(OSError, ValueError, RuntimeError):  # no stderr
+                file = sys.__stderr__ or sys.stderr
+                faulthandler.dump_traceback_later(budget + _SPARE, exit=True, file=file)
             if still > budget:
                 self._bark(still, budget)
             if now - told > _TELL:
