@@ -3,6 +3,7 @@
 import base64
 import ipaddress
 import os
+import signal
 import socket
 from pathlib import Path
 
@@ -18,6 +19,9 @@ os.environ["XLA_FLAGS"] = " ".join(
     ]
 )
 os.environ["HF_HUB_OFFLINE"] = "1"
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    # So shells start what is to run in the background, and all that the tests start would ignore Ctrl-C, too.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import pytest
 import shape_watch
