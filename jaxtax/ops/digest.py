@@ -24,6 +24,7 @@ Strides = tuple[tuple[int, int], ...]  # per axis, what a step along it adds to 
 
 _ODD = 0x9E3779B9
 _CHUNK = 1 << 20  # elements that are mixed at a time
+_CPU_CHUNK = 1 << 17  # whose sums stay in the cache
 
 
 def strides(shape: tuple[int, ...]) -> Strides:
@@ -69,49 +70,58 @@ def block_lanes(block: np.ndarray, start: tuple[int, int], steps: Strides) -> np
         for along, step in zip(where, steps, strict=True):
             low = low + along.astype(np.uint32) * np.uint32(step[0])
             high = high + along.astype(np.uint32) * np.uint32(step[1]) if step[1] else high
-        lanes += _lanes(words, low, high, np)
+        lanes += np.stack([np.sum(lane, dtype=np.uint32) for lane in _mixed(words, low, high, np)])
     return lanes
 
 
-@functools.partial(jax.jit, static_argnames="steps")
-def device_lanes(block: Array, start: Array, steps: Strides) -> Array:
+@functools.partial(jax.jit, static_argnames=("steps", "chunk"))
+def device_lanes(block: Array, start: Array, steps: Strides, chunk: int | None = None) -> Array:
     """`block_lanes` of an array on one device; compiles once for each shape of block and array.
 
     Args:
       start: uint32, shape [2].
+      chunk: elements that are mixed at a time; None: what suits the backend.
     """
     if not block.ndim:
         block, steps = block.reshape(1), ((0, 0),)
-    lead, split, tail = _cut(block.shape)
+    if not block.size:
+        return jnp.zeros(2, jnp.uint32)
+    chunk = chunk or (_CPU_CHUNK if jax.default_backend() == "cpu" else _CHUNK)
+    lead, split, tail = _cut(block.shape, chunk)
     rows, width = block.shape[split], math.prod(tail)
     blocks = block.reshape(math.prod(lead), rows, width)
-    inside = [_linear(tail, [step[lane] for step in steps[split + 1 :]]) for lane in (0, 1)]
 
-    def add(lanes: Array, chunk: Array, outer: Array, row: Array) -> Array:
-        places = []
+    def mixed(part: Array, outer: Array, row: Array) -> tuple[Array, Array]:
+        place: list[Array] = []
         for lane in (0, 1):
-            across = jnp.arange(chunk.shape[0], dtype=jnp.uint32) + row.astype(jnp.uint32)
-            before = start[lane] + _before(outer, lead, [step[lane] for step in steps[:split]])
-            column = before + across[:, None] * jnp.uint32(steps[split][lane])
-            places.append(column + inside[lane][None, :] if width > 1 else column)
-        return lanes + _lanes(_words(chunk), places[0], places[1], jnp)
+            along = [step[lane] for step in steps]
+            place.append(start[lane] + _before(outer, lead, along[:split]))  # broadcasts over `part`
+            if along[split]:
+                across = jax.lax.iota(jnp.uint32, part.shape[0]) + row.astype(jnp.uint32)
+                place[lane] = place[lane] + across[:, None] * jnp.uint32(along[split])
+            if any(along[split + 1 :]):
+                place[lane] = place[lane] + _linear(tail, along[split + 1 :])[None]
+        return _mixed(_words(part), place[0], place[1], jnp)
 
-    def over(lanes: Array, first: int, height: int, count: int) -> Array:
-        """Adds `count` chunks of `height` rows, from row `first` on, of all indices of the leading axes."""
+    def over(first: int, height: int, count: int) -> Array:
+        """The lanes of `count` chunks of `height` rows from row `first` on, at all leading indices.
 
-        def one(number: Array, lanes: Array) -> Array:
+        They are added up element by element, and among each other at the end: CPUs take half the time.
+        """
+
+        def one(number: Array, sums: tuple[Array, Array]) -> tuple[Array, Array]:
             outer, row = number // count, first + number % count * height
-            chunk = jax.lax.dynamic_slice(blocks, (outer, row, 0), (1, height, width))
-            return add(lanes, chunk[0], outer, row)
+            part = jax.lax.dynamic_slice(blocks, (outer, row, 0), (1, height, width))
+            x, y = mixed(part[0], outer, row)
+            return sums[0] + x, sums[1] + y
 
-        return jax.lax.fori_loop(0, blocks.shape[0] * count, one, lanes)
+        none = jnp.zeros((height, width), jnp.uint32)
+        sums = jax.lax.fori_loop(0, blocks.shape[0] * count, one, (none, none))
+        return jnp.stack([jnp.sum(lane, dtype=jnp.uint32) for lane in sums])
 
-    lanes = jnp.zeros(2, jnp.uint32)
-    if not block.size:
-        return lanes
-    height = min(rows, max(1, _CHUNK // width))
-    lanes = over(lanes, 0, height, rows // height)
-    return over(lanes, rows // height * height, rows % height, 1) if rows % height else lanes
+    height = min(rows, max(1, chunk // width))
+    lanes = over(0, height, rows // height)
+    return lanes + over(rows // height * height, rows % height, 1) if rows % height else lanes
 
 
 def digest_hex(lanes: Any) -> str:
@@ -119,10 +129,10 @@ def digest_hex(lanes: Any) -> str:
     return "".join(f"{int(lane) % 2**32:08x}" for lane in lanes)
 
 
-def _cut(shape: tuple[int, ...]) -> tuple[tuple[int, ...], int, tuple[int, ...]]:
+def _cut(shape: tuple[int, ...], chunk: int) -> tuple[tuple[int, ...], int, tuple[int, ...]]:
     """Leading axes, the axis that is cut into chunks, and the axes after it, which a chunk holds whole."""
     split = len(shape) - 1
-    while split > 0 and math.prod(shape[split:]) <= _CHUNK:
+    while split > 0 and math.prod(shape[split:]) <= chunk:
         split -= 1
     split = max(split, 0)
     return shape[:split], split, shape[split + 1 :]
@@ -145,18 +155,18 @@ def _before(outer: Array, lead: tuple[int, ...], steps: list[int]) -> Array:
     return total
 
 
-def _lanes(words: list[Any], low: Any, high: Any, xp: Any) -> Any:
-    """The two sums over some elements; `words` has one array per word of an element.
+def _mixed(words: list[Any], low: Any, high: Any, xp: Any) -> tuple[Any, Any]:
+    """What the two lanes sum, for some elements; `words` has one array per word of an element.
 
-    The second is of x (2 x + 1) of what the first sums: as good as independent of it, and next to free.
+    The second is x (2 x + 1) of the first's x: as good as independent of it, and next to free.
     """
-    sums = []
+    one, two = [], []
     for number, word in enumerate(words):
         salt = _mix((high + xp.uint32(number)) ^ xp.uint32(_ODD), xp)
         x = _mix(word ^ (low * xp.uint32(_ODD)) ^ salt, xp)
-        lanes = (x, x * (x + x + xp.uint32(1)))
-        sums.append(xp.stack([xp.sum(lane, dtype=xp.uint32) for lane in lanes]))
-    return sum(sums)
+        one.append(x)
+        two.append(x * (x + x + xp.uint32(1)))
+    return sum(one), sum(two)
 
 
 def _mix(x: Any, xp: Any) -> Any:
