@@ -74,10 +74,10 @@ def make_mesh(sizes: Mapping[str, int]) -> Mesh:
             f"mesh ({asked}) needs {wanted} devices, but this process sees {len(devices)} "
             f"({devices[0].platform}); make the product of the sizes at most {len(devices)}"
         )
-    return Mesh(_arranged(devices[:wanted], shape, len(devices)), MESH_AXES)
+    return Mesh(arranged(devices[:wanted], shape, len(devices)), MESH_AXES)
 
 
-def _arranged(devices: Sequence[Any], shape: tuple[int, ...], count: int) -> np.ndarray:
+def arranged(devices: Sequence[Any], shape: tuple[int, ...], count: int) -> np.ndarray:
     """The `devices`, of `count` in all, as an array; those of a whole TPU slice as its wires lie.
 
     Several slices follow each other: what is between them is no part of a torus.

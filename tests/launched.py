@@ -64,6 +64,13 @@ def make_home(directory):
     return directory
 
 
+def undisturbed_run(home, devices, *overrides):
+    """The directory of a run of two processes, of so many devices each, that nothing disturbed."""
+    codes, said = Launched(home, home / "whole", 2, devices, *overrides).end()
+    assert codes == [0, 0], said
+    return home / "whole"
+
+
 def losses(out):
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     return [row["loss"] for row in rows]

@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import random
 import re
 import shutil
@@ -14,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from disks import small_file_system
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from orbax.checkpoint._src.multihost import multihost as old_multihost
@@ -359,16 +359,10 @@ def test_a_save_for_which_there_is_no_room_is_not_begun(tmp_path, monkeypatch):
 @pytest.fixture
 def small_disk(tmp_path):
     """A file system of 8 MB of its own."""
-    place = tmp_path / "disk"
-    place.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(place)]
-    if os.geteuid() != 0 or subprocess.run(mount, capture_output=True).returncode != 0:
-        pytest.skip("mounting a small file system takes root")
-    yield place
-    subprocess.run(["umount", str(place)], check=True)
+    with small_file_system(tmp_path / "disk", 8) as place:
+        yield place
 
 
-@leaves_loops_behind
 def test_on_a_disk_that_is_full_for_a_while_only_the_save_in_between_is_lost(small_disk, monkeypatch):
     def big(step):
         return {"a": np.random.default_rng(step).standard_normal((500, 1000)).astype(np.float32)}

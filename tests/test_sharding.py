@@ -22,7 +22,7 @@ from jaxtax.model.transformer import Transformer
 from jaxtax.ops.loss import next_token_loss
 from jaxtax.progress import quiet
 from jaxtax.sharding import (
-    _arranged,
+    arranged,
     batch_sharding,
     check_mesh,
     make_mesh,
@@ -138,13 +138,13 @@ def tpu_slice(kind, *dims, slices=1):
 
 def test_the_axes_of_a_whole_tpu_slice_follow_its_wires():
     def order(chips, shape, count):
-        return [chip.id for chip in _arranged(chips, shape, count).ravel()]
+        return [chip.id for chip in arranged(chips, shape, count).ravel()]
 
     lite = tpu_slice("TPU v5 lite", 2, 4, 1)
     assert order(lite, (1, 8, 1, 1), 8) == [0, 1, 2, 3, 7, 6, 5, 4]
     assert order(tpu_slice("TPU v4", 2, 2, 2), (1, 8, 1, 1), 8) == [0, 4, 2, 6, 1, 5, 3, 7]
     # Groups of four along `tensor` are whole planes of the torus.
-    cube = _arranged(tpu_slice("TPU v5p", 2, 2, 4), (1, 4, 1, 4), 16)
+    cube = arranged(tpu_slice("TPU v5p", 2, 2, 4), (1, 4, 1, 4), 16)
     assert [{chip.coords[2] for chip in group} for group in cube.reshape(4, 4)] == [{0}, {1}, {2}, {3}]
     # Not all devices, several slices, or no TPU: as they are counted.
     assert order(lite[:4], (1, 4, 1, 1), 8) == [0, 1, 2, 3]

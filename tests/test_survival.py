@@ -13,6 +13,7 @@ import time
 import jax
 import numpy as np
 import pytest
+from flips import flipping, with_flipped_bit
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from test_train_loop import lines, make_config
@@ -569,15 +570,6 @@ def spread(mesh_sizes, spec):
     return jax.device_put(array, NamedSharding(make_mesh(mesh_sizes), spec))
 
 
-def with_flipped_bit(array, device):
-    shards = [np.asarray(shard.data).copy() for shard in array.addressable_shards]
-    homes = [shard.device for shard in array.addressable_shards]
-    at = [home.id for home in homes].index(device)
-    shards[at].view(np.uint32)[1, 2] ^= 1 << 5
-    placed = [jax.device_put(shard, home) for shard, home in zip(shards, homes, strict=True)]
-    return jax.make_array_from_single_device_arrays(array.shape, array.sharding, placed)
-
-
 @pytest.mark.parametrize(
     ("sizes", "spec"),
     [({"data": 8}, P()), ({"data": 4, "fsdp": 2}, P("fsdp")), ({"data": 4, "tensor": 2}, P(None, "tensor"))],
@@ -624,24 +616,7 @@ def test_a_bit_that_flips_in_one_copy_during_a_run_stops_it_before_the_next_save
 ):
     cfg = whole_run.model_copy(update={"out": tmp_path / "run", "mesh": Mesh(data=4)})
     assert cfg.compare_replicas_every_steps is None  # before every save it is done by itself
-    original = loop.train_step_on
-
-    def flips(mesh, state):
-        step, calls = original(mesh, state), []
-
-        def broken(*given):
-            state, metrics = step(*given)
-            calls.append(1)
-            if len(calls) == 5:
-                leaves, form = jax.tree.flatten(state)
-                at = next(number for number, leaf in enumerate(leaves) if leaf.ndim == 2)
-                leaves[at] = with_flipped_bit(leaves[at], 2)
-                state = jax.tree.unflatten(form, leaves)
-            return state, metrics
-
-        return broken
-
-    monkeypatch.setattr(loop, "train_step_on", flips)
+    monkeypatch.setattr(loop, "train_step_on", flipping(loop.train_step_on, 2))
     with pytest.raises(DamagedError, match=r"step 6: (?s:.*)device 2 \("):
         train(cfg)
     assert [path.name for path in (cfg.out / "state").iterdir()] == ["3"]

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from launched import Launched, environment, free_port, losses, make_home, wait_for_lines
+from launched import Launched, environment, free_port, losses, make_home, undisturbed_run, wait_for_lines
 
 from jaxtax.artifact import read_origin
 from jaxtax.checkpoint import Run
@@ -30,10 +30,7 @@ SAME_MESH = ["mesh.data=2", "mesh.fsdp=2"]
 
 @pytest.fixture(scope="module")
 def whole(home):
-    """A run of two processes that nothing disturbed."""
-    codes, said = Launched(home, home / "whole", 2, 2, *SAME_MESH).end()
-    assert codes == [0, 0], said
-    return home / "whole"
+    return undisturbed_run(home, 2, *SAME_MESH)
 
 
 @pytest.fixture(scope="module")

@@ -8,15 +8,13 @@ import time
 from pathlib import Path
 
 import pytest
-from launched import Launched, losses, make_home
+from launched import Launched, losses, make_home, undisturbed_run
 
 from jaxtax.artifact import read_origin
 
 pytestmark = pytest.mark.slow
 
 SAID = "run the same command again to go on"
-
-
 SAME_MESH = ["mesh.data=2", "mesh.fsdp=2"]
 
 
@@ -27,10 +25,7 @@ def home(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def whole(home):
-    """A run of two processes that nothing disturbed."""
-    codes, said = Launched(home, home / "whole", 2, 2, *SAME_MESH).end()
-    assert codes == [0, 0], said
-    return home / "whole"
+    return undisturbed_run(home, 2, *SAME_MESH)
 
 
 def handles_term(process):

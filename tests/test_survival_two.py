@@ -1,13 +1,13 @@
 """Faults of one of two real processes: a full disk, NaN, a flipped bit, a second run, damaged states."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
 
 import pytest
-from launched import Launched, environment, free_port, losses, make_home, wait_for_lines
+from disks import small_file_system
+from launched import Launched, environment, free_port, losses, make_home, undisturbed_run, wait_for_lines
 
 from jaxtax.checkpoint import Run
 
@@ -23,22 +23,14 @@ def home(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def whole(home):
-    """A run of two processes that nothing disturbed."""
-    codes, said = Launched(home, home / "whole", 2, 1, *TWO).end()
-    assert codes == [0, 0], said
-    return home / "whole"
+    return undisturbed_run(home, 1, *TWO)
 
 
 @pytest.fixture
 def small_disk(tmp_path):
     """A file system of 96 MB of its own."""
-    place = tmp_path / "disk"
-    place.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=96m", "tmpfs", str(place)]
-    if os.geteuid() != 0 or subprocess.run(mount, capture_output=True).returncode != 0:
-        pytest.skip("mounting a small file system takes root")
-    yield place
-    subprocess.run(["umount", "--lazy", str(place)], check=True)
+    with small_file_system(tmp_path / "disk", 96) as place:
+        yield place
 
 
 # The second save finds the disk full: all but what the metrics need, which go to the same disk.
@@ -145,33 +137,19 @@ def test_nan_in_the_rows_of_one_process_changes_no_weight_in_either_and_the_conv
 
 
 FLIPPED = """
+import sys
+sys.path.insert(0, "tests")
 import jax
-import numpy as np
+from flips import flipping
 from jaxtax.cli import main
 from jaxtax.train import loop
 original = loop.train_step_on
 
-def flips(mesh, state):
-    step, calls = original(mesh, state), []
+def train_step_on(mesh, state):
+    last = jax.local_devices()[-1].id
+    return flipping(original, last if jax.process_index() == 1 else None)(mesh, state)
 
-    def broken(*given):
-        state, metrics = step(*given)
-        calls.append(1)
-        if len(calls) == 5 and jax.process_index() == 1:
-            leaves, form = jax.tree.flatten(state)
-            at = next(number for number, leaf in enumerate(leaves) if leaf.ndim == 2)
-            shards = leaves[at].addressable_shards
-            blocks = [np.asarray(shard.data).copy() for shard in shards]
-            blocks[1].view(np.uint32)[0, 0] ^= 1
-            placed = [jax.device_put(block, shard.device) for block, shard in zip(blocks, shards)]
-            shape, where = leaves[at].shape, leaves[at].sharding
-            leaves[at] = jax.make_array_from_single_device_arrays(shape, where, placed)
-            state = jax.tree.unflatten(form, leaves)
-        return state, metrics
-
-    return broken
-
-loop.train_step_on = flips
+loop.train_step_on = train_step_on
 main()
 """
 

@@ -113,7 +113,7 @@ def measure(
     experts: Experts = "plain" if cfg.moe is None else "mxfp4"
     try:
         write_random(source, cfg, experts=experts, sparse=sparse)
-        _write_tokenizer(source)
+        write_tokenizer(source)
         os.sync()
         found: dict[str, Any] = {"size": size, "bytes": sum(p.stat().st_size for p in source.iterdir())}
         if not sparse:
@@ -152,7 +152,7 @@ def _timed(command: list[str]) -> dict[str, float]:
     return {"seconds": time.monotonic() - began, "peak_bytes": float(int(done.stdout) * unit)}
 
 
-def _write_tokenizer(directory: Path) -> None:
+def write_tokenizer(directory: Path) -> None:
     from tokenizers import Tokenizer
     from tokenizers.models import BPE
 

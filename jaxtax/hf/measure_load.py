@@ -25,7 +25,7 @@ from jaxtax import artifact
 from jaxtax.checkpoint.arrays import named_arrays, prepare_arrays, tree_inside
 from jaxtax.checkpoint.model_directory import Description, describe, seal
 from jaxtax.checkpoint.stream import Piece, pieces_of
-from jaxtax.hf.measure import _write_tokenizer
+from jaxtax.hf.measure import write_tokenizer
 from jaxtax.model.config import SIZES, ModelConfig
 from jaxtax.model.mlp import ExpertsForm
 from jaxtax.model.transformer import Transformer
@@ -74,7 +74,7 @@ def write_model(
         found = [piece.write(one) for piece, one in zip(pieces, values, strict=True)]
         digests[name] = artifact.digest_array(spec.shape, spec.dtype, found)
     described = Description(cfg, "bfloat16", experts)
-    _write_tokenizer(directory)
+    write_tokenizer(directory)
     describe(directory, described)
     seal(directory, described, digests, {})
     return sum(spec.size * spec.dtype.itemsize for spec in specs.values())

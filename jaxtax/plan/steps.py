@@ -26,7 +26,7 @@ from jaxtax.model.config import SIZES, ModelConfig, named_size
 from jaxtax.model.mlp import ExpertsForm
 from jaxtax.model.transformer import Transformer
 from jaxtax.plan.work import Work, decoding_work, forward_work, training_work
-from jaxtax.sharding import MESH_AXES, _arranged, batch_sharding, shardings
+from jaxtax.sharding import MESH_AXES, arranged, batch_sharding, shardings
 from jaxtax.train.optimizer import form, recipe
 from jaxtax.train.step import Settings, TrainState, initial_state, split, train_step_on
 
@@ -116,7 +116,7 @@ def abstract_step(target: Target, mesh: Mesh) -> Step:
 def mesh_of(devices: list[Any], sizes: Mapping[str, int]) -> Mesh:
     """The mesh that a run on all of `devices` would make."""
     shape = tuple(sizes.get(axis, 1) for axis in MESH_AXES)
-    return Mesh(_arranged(devices, shape, len(devices)), MESH_AXES)
+    return Mesh(arranged(devices, shape, len(devices)), MESH_AXES)
 
 
 def bytes_per_device(tree: Any) -> int:
