@@ -16,8 +16,9 @@ import json
 import math
 import os
 import sys
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -48,11 +49,21 @@ class FailedError(OSError):
     """Something could not be written or read, here or in another process."""
 
 
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Gives the name of `path` to what the system says of a write to it: no more than that a disk is full."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
+
+
 def write_text(path: Path, text: str) -> None:
     """Writes `text` as UTF-8 so that `path` holds either the old content or all of the new one."""
     beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with beside.open("w", encoding="utf-8", newline="\n") as file:
+        with naming(path), beside.open("w", encoding="utf-8", newline="\n") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())

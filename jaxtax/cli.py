@@ -3,8 +3,8 @@
 Nothing heavy is imported before a verb needs it, so that `--help` and every refused config answer at once.
 Results go to stdout, progress and faults to stderr. Exit codes: 0 done, 1 a training that diverged or failed
 after it had begun, an artifact that is damaged or could not be written, 2 a fault of the command, its config
-or its files, 75 told to leave (SIGTERM) with all that is needed to go on, 130 interrupted; hosts/leave.py has
-those of runs in several processes.
+or its files, 42 a training that stood still, 75 told to leave (SIGTERM) with all that is needed to go on, 130
+interrupted, 143 told to leave where nothing goes on; hosts/leave.py has those of runs in several processes.
 """
 
 import os
@@ -25,15 +25,14 @@ from jaxtax.hosts.start import start, start_alone
 
 ORDER = ("study", "train", "eval", "report", "generate", "convert", "data", "show", "bench", "doctor", "plan")
 
+
+def _put_over(example: str) -> Any:
+    """Overrides of a config, with an example of them for the help."""
+    return typer.Argument(metavar="KEY=VALUE", help=f"Put over the config: {example}", show_default=False)
+
+
 ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML file, like those in configs/.")]
-Overrides = Annotated[
-    list[str] | None,
-    typer.Argument(
-        metavar="KEY=VALUE",
-        help="Put over the config: seed=3 out=DIR optimizer.beta1=0.8",
-        show_default=False,
-    ),
-]
+Overrides = list[str] | None
 
 
 class Verbs(TyperGroup):
@@ -104,7 +103,7 @@ def _read(config: Path, overrides: list[str] | None, verb: str, *kinds: str) -> 
 @app.command()
 def study(
     config: ConfigFile,
-    overrides: Overrides = None,
+    overrides: Annotated[Overrides, _put_over("seeds=3 out=DIR base.epochs=2")] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="List the stages and what is done; run none.")
     ] = False,
@@ -128,12 +127,16 @@ def study(
 
 
 @app.command()
-def train(config: ConfigFile, overrides: Overrides = None) -> None:
+def train(
+    config: ConfigFile,
+    overrides: Annotated[Overrides, _put_over("seed=3 out=DIR optimizer.beta1=0.8")] = None,
+) -> None:
     """Train one model; it lands in out/model.
 
     The run directory `out` also holds the config as resolved, metrics.jsonl and the states to go on from.
     """
     cfg = _read(config, overrides, "train")
+    _ = cfg.model.tokenizer_directory  # a fault that needs no meeting with other processes
     from jaxtax.owner import process_began
     from jaxtax.train.loop import train
 
@@ -144,7 +147,10 @@ def train(config: ConfigFile, overrides: Overrides = None) -> None:
 
 
 @app.command(name="eval")
-def evaluate(config: ConfigFile, overrides: Overrides = None) -> None:
+def evaluate(
+    config: ConfigFile,
+    overrides: Annotated[Overrides, _put_over("model=DIR out=DIR sampling.temperature=1")] = None,
+) -> None:
     """Measure one model on the tasks of a config.
 
     The evaluation directory `out` holds every reply, every verdict and the summary.
@@ -225,7 +231,7 @@ def generate(
 @data_app.command(name="show")
 def data_show(
     config: ConfigFile,
-    overrides: Overrides = None,
+    overrides: Annotated[Overrides, _put_over("out=DIR")] = None,
     limit: Annotated[int, typer.Option(min=1, help="Conversations of each data set.")] = 3,
 ) -> None:
     """Print training conversations as the model sees them.

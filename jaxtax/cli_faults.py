@@ -1,5 +1,6 @@
 """What ends a command before its time, as a message and an exit code; hosts/leave.py lists the codes."""
 
+import errno
 import os
 import signal
 import sys
@@ -22,6 +23,13 @@ from jaxtax.hosts.told import GO_ON, leave_when_told
 from jaxtax.tell import let_go, tell
 
 GOES_ON = ("study", "train", "eval", "convert")
+
+_DISK_FAULTS = {
+    errno.ENOSPC: "make room",
+    errno.EDQUOT: "make room, or have the quota raised,",
+    errno.EIO: "look after that disk",
+    errno.ESTALE: "look after that file server",
+}
 
 
 @contextmanager
@@ -54,7 +62,7 @@ def as_a_process(words: Sequence[str]) -> Iterator[None]:
 
 @contextmanager
 def faults_in_words(ctx: Any) -> Iterator[None]:
-    """Turns what a user can cause into a message and an exit code; JAXTAX_TRACEBACK=1 lets it through."""
+    """Turns what a user can cause into a message and an exit code; with JAXTAX_TRACEBACK=1 its traceback."""
     try:
         yield
     except KeyboardInterrupt as error:
@@ -62,9 +70,9 @@ def faults_in_words(ctx: Any) -> Iterator[None]:
     except StoppedError as error:
         end(EXIT_AGAIN if _again(ctx) else 128 + signal.SIGTERM, f"{error}{_again(ctx)}", error)
     except (ValueError, OSError, FloatingPointError) as error:
-        if os.environ.get("JAXTAX_TRACEBACK"):
-            raise
         code, words = _in_words(error)
+        if os.environ.get("JAXTAX_TRACEBACK") == "1":
+            words = "".join(traceback.format_exception(error)).rstrip()
         end(code, words, error)
 
 
@@ -82,6 +90,12 @@ def _in_words(error: Exception) -> tuple[int, str]:
     if failed_at_work(error):
         stack = "".join(traceback.format_exception(error))
         return EXIT_FAILED, f"{stack}failed when the work had begun: {error}"
+    if isinstance(error, OSError) and error.errno in _DISK_FAULTS:  # not of the command, whenever it came
+        where = f"{error.filename}: " if error.filename else ""
+        return (
+            EXIT_FAILED,
+            f"{where}{error.strerror}; {_DISK_FAULTS[error.errno]} and run the same command again",
+        )
     raised_in = traceback.extract_tb(error.__traceback__)[-1].filename
     if Path(raised_in).is_relative_to(Path(__file__).parent):
         return EXIT_REFUSED, str(error)

@@ -40,6 +40,20 @@ class ModelChoice(Strict):
             raise ValueError("tokenizer and window belong to a new model; a model directory brings its own")
         return self
 
+    @property
+    def tokenizer_directory(self) -> Path:
+        """That the model's tokenizer is in.
+
+        Raises:
+          ValueError: a new model has none, which only a plan can do without.
+        """
+        if (directory := self.path or self.tokenizer) is None:
+            raise ValueError(
+                f"model.tokenizer: missing; model.size={self.size} makes a new model, which needs "
+                "a directory with a tokenizer.json"
+            )
+        return directory
+
 
 class Source(Strict):
     """One data set: `name` is an entry of data/sources.py's SOURCES.

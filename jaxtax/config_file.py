@@ -9,6 +9,7 @@ for any other command; `${JAXTAX_ASSETS}` in them stands for that environment va
 must be there when its config is loaded, so that nothing is computed or written for a run that would fail.
 """
 
+import copy
 import json
 import os
 import re
@@ -27,11 +28,17 @@ Schema = TypeVar("Schema", bound=BaseModel)
 
 
 class ConfigError(ValueError):
-    """What is wrong with a config: `faults`, one line each."""
+    """What is wrong with a config.
 
-    def __init__(self, faults: Sequence[str]) -> None:
+    Attributes:
+      faults: one line each.
+      config: as it would be, if all that is wrong is what it names: files that are not there, and the like.
+    """
+
+    def __init__(self, faults: Sequence[str], config: BaseModel | None = None) -> None:
         super().__init__("\n".join(faults))
         self.faults = list(faults)
+        self.config = config
 
 
 def load(path: Path, overrides: Sequence[str], schema: type[Schema], *, files: bool = True) -> Schema:
@@ -110,10 +117,14 @@ def check_kind(path: Path, verb: str, schema: type[BaseModel], verbs: Mapping[st
 def _checked(
     data: dict[str, Any], overrides: Sequence[str], schema: type[Schema], source: str, *, files: bool = True
 ) -> Schema:
+    in_file = copy.deepcopy(data)
     given, faults = _override(data, overrides)
+    ill_formed = bool(faults)
 
     def where(key: Key) -> str:
         on_line = any(key[: len(part)] == part for part in given)
+        # A block that only the command line has.
+        on_line |= any(part[: len(key)] == key for part in given) and not _has(in_file, key)
         return ": ".join(filter(None, ["command line" if on_line else source, dotted(key)]))
 
     for leaf in leaves(schema, [data], 0):
@@ -128,8 +139,18 @@ def _checked(
     except ValidationError as error:
         raise ConfigError(said(error.errors(include_url=False), schema, where) + faults) from None
     if faults:
-        raise ConfigError(faults)
+        raise ConfigError(faults, None if ill_formed else config)
     return config
+
+
+def _has(data: Any, key: Key) -> bool:
+    """Whether there is something at `key` in `data`."""
+    try:
+        for part in key:
+            data = data[part]
+    except (LookupError, TypeError):
+        return False
+    return True
 
 
 def _override(data: dict[str, Any], overrides: Sequence[str]) -> tuple[dict[Key, str], list[str]]:
@@ -175,17 +196,17 @@ def _put(data: dict[str, Any], parts: list[str], value: Any) -> Key:
 
 def _settle_paths(data: dict[str, Any], schema: type[BaseModel], where: Callable[[Key], str]) -> list[str]:
     """Expands the paths in `data`; returns the faults of those that cannot be read from or written to."""
-    faults = []
-    need_assets = []
+    faults, need_assets = [], []
+    assets = os.environ.get(ASSETS, "")
     for leaf in leaves(schema, [data], 0):
         text = leaf.holder[leaf.index]
         if leaf.type is not Path or not isinstance(text, str):
             continue
         if f"${{{ASSETS}}}" in text:
-            if not os.environ.get(ASSETS):
+            if not os.path.isdir(assets):
                 need_assets.append(where(leaf.key))
                 continue
-            text = text.replace(f"${{{ASSETS}}}", os.environ[ASSETS])
+            text = text.replace(f"${{{ASSETS}}}", assets)
         if "${" in text:
             faults.append(f"{where(leaf.key)}: found {text!r}; only ${{{ASSETS}}} is expanded")
             continue
@@ -203,8 +224,9 @@ def _settle_paths(data: dict[str, Any], schema: type[BaseModel], where: Callable
     if need_assets:
         more = len(need_assets) - 1
         others = f" ({more} more {'key needs' if more == 1 else 'keys need'} it)" if more else ""
+        fault = f"which is {assets}, and that is no directory" if assets else "which is not set"
         faults.append(
-            f"{need_assets[0]}: needs the environment variable {ASSETS}, which is not set{others}; "
+            f"{need_assets[0]}: needs the environment variable {ASSETS}, {fault}{others}; "
             f"export {ASSETS}=DIR, the directory that holds your copies of the data sets"
         )
     return faults
@@ -213,7 +235,7 @@ def _settle_paths(data: dict[str, Any], schema: type[BaseModel], where: Callable
 def _missing(path: Path, what: str) -> str | None:
     """What is wrong with a `path` that has to be a file, a model directory or a tokenizer directory."""
     if what == "file" and not path.is_file():
-        return f"no such file: {path}"
+        return f"no such file: {path}; put it there, or name another"
     if what == "tokenizer directory" and not (path / "tokenizer.json").is_file():
         return f"{path} is no tokenizer directory; expected one that holds a tokenizer.json"
     if what == "model directory":

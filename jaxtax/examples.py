@@ -36,10 +36,7 @@ def print_training_data(cfg: TrainConfig | StudyConfig, limit: int) -> None:
 def _tokenizer(cfg: TrainConfig | StudyConfig) -> Tokenizer:
     """The tokenizer that a run of `cfg` would use; a study's is made elsewhere if it is not there yet."""
     if isinstance(cfg, TrainConfig):
-        directory = cfg.model.path or cfg.model.tokenizer
-        if directory is None:
-            raise ValueError("model.tokenizer: missing; expected a tokenizer directory")
-        return load_tokenizer(directory)
+        return load_tokenizer(cfg.model.tokenizer_directory)
     if (cfg.out / "tokenizer" / "tokenizer.json").exists():
         return load_tokenizer(cfg.out / "tokenizer")
     with tempfile.TemporaryDirectory() as elsewhere:

@@ -156,7 +156,10 @@ def _model(directory: Path, origin: dict[str, Any]) -> dict[str, str]:
         "chat": stored["chat"],
         "system message": _system(stored.get("system")),
     }
-    standard = {"kind", "command", "created", "jaxtax", "versions", "digest", "file_digests", "parameters"}
+    standard = {
+        "kind", "command", "created", "jaxtax", "versions", "digest", "file_digests", "array_digests",
+        "parameters",
+    }  # fmt: skip
     more = {key: value for key, value in origin.items() if key not in standard and value is not None}
     return facts | {key.replace("_", " "): str(value) for key, value in more.items()}
 

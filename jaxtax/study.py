@@ -187,7 +187,7 @@ def _training(
 def _evaluating(cfg: StudyConfig, model: Path, home: Path, name: str, seed: int, label: str) -> Part:
     out = home / "evaluations" / name
     fields = {key: getattr(cfg.evaluation, key) for key in type(cfg.evaluation).model_fields}
-    fields |= {"chat": cfg.chat, "system": cfg.system, "seed": cfg.seed}
+    fields |= {"chat": cfg.chat, "system": cfg.system, "seed": seed}
     run = EvalConfig.model_construct(**fields, out=out, model=model)
 
     def start(progress: Progress) -> None:

@@ -24,6 +24,10 @@ shift 2
 
 again=75
 patience=${JAXTAX_LOCAL_PATIENCE:-10} # seconds that the others have once one has failed
+if ! [[ $patience =~ ^[0-9]+$ ]]; then
+  echo "JAXTAX_LOCAL_PATIENCE='$patience'; expected a whole number of seconds" >&2
+  exit 2
+fi
 port=$(python3 -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
 export JAXTAX_COORDINATOR=127.0.0.1:$port JAXTAX_NUM_PROCESSES=$processes
 

@@ -1,5 +1,6 @@
 """The command: one clear message for every fault, nothing written then, and every verb once for real."""
 
+import errno
 import json
 import os
 import shutil
@@ -185,8 +186,12 @@ def test_an_unknown_verb_is_answered_with_the_nearest():
 
 
 def test_the_traceback_can_be_asked_for(monkeypatch):
-    monkeypatch.setenv("JAXTAX_TRACEBACK", "1")
-    assert isinstance(run("show", "absent").exception, ValueError)
+    for value, asked in {"1": True, "0": False}.items():
+        monkeypatch.setenv("JAXTAX_TRACEBACK", value)
+        done = run("show", "absent")
+        assert done.exit_code == 2
+        assert ("Traceback" in done.stderr) == asked
+        assert "absent" in done.stderr
 
 
 def test_an_interrupt_says_how_to_go_on(monkeypatch, train_config):
@@ -396,6 +401,31 @@ def test_eval_leaves_an_evaluation_that_show_describes(trained, tmp_path):
     assert "accuracy" in shown.stdout
     assert "of 3" in shown.stdout
     assert "computed again, it agrees" in shown.stdout
+
+
+def test_a_disk_that_is_full_in_the_middle_of_an_evaluation_is_none_of_the_command(
+    trained, tmp_path, monkeypatch
+):
+    config = tmp_path / "eval.yaml"
+    config.write_text(
+        f"out: {tmp_path}/evaluation\nmodel: {trained}/model\n"
+        "tasks: [{name: world_reasoning, take: 3}]\nsampling: {max_new_tokens: 24}\n"
+    )
+
+    fsync = os.fsync
+
+    def full(file):
+        if os.readlink(f"/proc/self/fd/{file}").endswith("replies.jsonl"):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        fsync(file)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "fsync", full)
+        done = run("eval", config)
+    assert done.exit_code == 1
+    replies = tmp_path / "evaluation" / "replies.jsonl"
+    assert f"{replies}: No space left on device; make room and run the same command again" in done.stderr
+    assert run("eval", config).exit_code == 0
 
 
 def test_the_work_of_one_process_is_refused_to_several(monkeypatch, tmp_path):

@@ -111,7 +111,7 @@ freeze: [routr]
         "FILE: learning_rate: unknown key; did you mean optimizer.learning_rate?",
         "command line: seeds: unknown key; did you mean seed?",
         "command line: found 'just_a_word', expected key=value or key.sub=value",
-        "FILE: data.sources.0.files.0: no such file: absent.jsonl",
+        "FILE: data.sources.0.files.0: no such file: absent.jsonl; put it there, or name another",
     ]
 
 
@@ -217,9 +217,9 @@ def test_the_assets_variable_stands_for_its_directory(write, tmp_path, monkeypat
     (tmp_path / "a.jsonl").touch()
     files = "data.sources.0.files=['${JAXTAX_ASSETS}/a.jsonl', '${JAXTAX_ASSETS}/b.jsonl']"
     monkeypatch.setenv("JAXTAX_ASSETS", str(tmp_path))
-    assert faults_of(write(GOOD), files) == [
-        f"command line: data.sources.0.files.1: no such file: {tmp_path}/b.jsonl"
-    ]
+    (found,) = faults_of(write(GOOD), files)
+    place = "command line: data.sources.0.files.1"
+    assert found == f"{place}: no such file: {tmp_path}/b.jsonl; put it there, or name another"
     (tmp_path / "b.jsonl").touch()
     config = load(write(GOOD), [files], TrainConfig)
     assert config.data.sources[0].files == (tmp_path / "a.jsonl", tmp_path / "b.jsonl")
@@ -229,6 +229,28 @@ def test_the_assets_variable_stands_for_its_directory(write, tmp_path, monkeypat
         "command line: data.sources.0.files.0: needs the environment variable JAXTAX_ASSETS"
     )
     assert "(1 more key needs it)" in found
+    monkeypatch.setenv("JAXTAX_ASSETS", str(tmp_path / "absent"))
+    (found,) = faults_of(write(GOOD), files)
+    assert f"JAXTAX_ASSETS, which is {tmp_path}/absent, and that is no directory (1 more key" in found
+
+
+def test_a_block_that_only_the_command_line_has_is_blamed_on_it(write):
+    found = faults_of(write(GOOD), "foo.bar=3", "optimizer.beta3=1")
+    assert [fault.partition(" known here")[0] for fault in found] == [
+        "command line: optimizer.beta3: unknown key; did you mean optimizer.beta2?",
+        "command line: foo: unknown key;",
+    ]
+
+
+def test_a_fault_of_files_alone_leaves_the_config_to_look_at(write):
+    with pytest.raises(ConfigError) as caught:
+        load(write(GOOD), ["data.sources.0.files=[absent.jsonl]", "seed=5"], TrainConfig)
+    assert isinstance(caught.value.config, TrainConfig)
+    assert caught.value.config.seed == 5
+    for more in ("seed=x", "seed"):
+        with pytest.raises(ConfigError) as caught:
+            load(write(GOOD), ["data.sources.0.files=[absent.jsonl]", more], TrainConfig)
+        assert caught.value.config is None
 
 
 def test_only_the_assets_variable_is_expanded(write):
@@ -242,7 +264,7 @@ def test_a_path_that_must_be_a_model_or_a_tokenizer_is_looked_at(write, tmp_path
     text = f"{{out: x, model: {run}, tasks: [{{name: calc, files: [{run}]}}]}}"
     assert faults_of(write(text), schema=EvalConfig) == [
         f"FILE: model: {run} is a run directory, not a model directory; give a model directory",
-        f"FILE: tasks.0.files.0: no such file: {run}",
+        f"FILE: tasks.0.files.0: no such file: {run}; put it there, or name another",
     ]
     write_origin(run / "model", "model")
     found = faults_of(write(text), schema=EvalConfig)

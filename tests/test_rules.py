@@ -84,7 +84,7 @@ def functions(tree):
 @pytest.fixture
 def no_files_needed(monkeypatch):
     """Configs are checked without the data sets that they name."""
-    monkeypatch.setenv("JAXTAX_ASSETS", "assets")
+    monkeypatch.setenv("JAXTAX_ASSETS", str(ROOT))
     monkeypatch.setattr(config_file, "_missing", lambda path, what: None)
 
 

@@ -107,6 +107,17 @@ def test_a_dry_look_writes_nothing_and_names_every_part(tmp_path):
     assert not (tmp_path / "nothing").exists()
 
 
+def test_each_seed_draws_its_own_replies_and_its_models_draw_alike(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr("jaxtax.study.await_seen", lambda path: None)
+    monkeypatch.setattr("jaxtax.evals.run.evaluate", lambda run, progress: drawn.append(run.seed))
+    for part in study_parts(small_study(tmp_path, "seeds=2", "seed=7")):
+        if part.name.endswith("evaluate"):
+            part.run(None)
+    assert drawn == [7] * (len(drawn) // 2) + [8] * (len(drawn) // 2)
+    assert len(drawn) >= 8
+
+
 def test_another_study_in_the_directory_is_refused_by_its_differing_keys(tmp_path):
     cfg = small_study(tmp_path / "study")
     with pytest.raises(Stopped):

@@ -323,7 +323,7 @@ def test_all_faults_of_a_run_are_said_at_once_before_anything_is_written(tmp_pat
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"model": ModelChoice(size="tiny-qwen2")}, "needs model.tokenizer"),
+        ({"model": ModelChoice(size="tiny-qwen2")}, "model.tokenizer: missing"),
         ({"model": ModelChoice(path=Path(__file__))}, "is not a model directory: it is a file"),
         ({"data": Data(sources=(Source(name="world_pretrain", take=9),), row_tokens=600)}, "sequence, 512"),
     ],

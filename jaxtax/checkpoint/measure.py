@@ -1,9 +1,9 @@
 """What digests add to the time of a save: python -m jaxtax.checkpoint.measure DIR [MEGABYTES [PAIRS]]."""
 
+import argparse
 import os
 import shutil
 import statistics
-import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -16,7 +16,7 @@ from jaxtax.checkpoint.digests import begin_digests
 from jaxtax.checkpoint.run_states import Run
 
 
-def digest_share(directory: Path, megabytes: int, pairs: int = 15) -> dict[str, float]:
+def digest_share(directory: Path, megabytes: int = 500, pairs: int = 60) -> dict[str, float]:
     """What digests add to a save, in pairs of saves with and without, which take turns at being first.
 
     Each save begins when the disk has written all that came before, and ends when it has written that save:
@@ -63,7 +63,11 @@ def _no_digests(arrays: Mapping[str, Any], name: str) -> Callable[[], dict[str, 
 
 
 if __name__ == "__main__":
-    found = digest_share(Path(sys.argv[1]), *(int(word) for word in sys.argv[2:]))
+    parser = argparse.ArgumentParser(prog="python -m jaxtax.checkpoint.measure")
+    parser.add_argument("directory", metavar="DIR", type=Path, help="on the disk in question")
+    parser.add_argument("megabytes", metavar="MEGABYTES", type=int, nargs="?", default=500)
+    parser.add_argument("pairs", metavar="PAIRS", type=int, nargs="?", default=60)
+    found = digest_share(**vars(parser.parse_args()))
     print(
         f"with {found['with']:.2f} s, without {found['without']:.2f} s, "
         f"added {found['added']:.1%} ({found['from']:.1%} to {found['to']:.1%})"

@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from jaxtax.artifact import naming
+
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """The whole lines of `path`; one without its newline was cut off and does not count. No file, no lines.
@@ -34,9 +36,13 @@ def keep_lines(path: Path, count: int) -> None:
 
 
 def append_lines(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Adds `rows`, on the disk when this returns."""
+    """Adds `rows`, on the disk when this returns.
+
+    Raises:
+      OSError: with the name of the file; a part of them may be in it.
+    """
     text = "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
-    with path.open("ab") as file:
+    with naming(path), path.open("ab") as file:
         file.write(text.encode())
         file.flush()
         os.fsync(file.fileno())

@@ -77,12 +77,7 @@ def check_job(cfg: TrainConfig) -> Job:
       ValueError: with every fault of model, tokenizer, data and mesh.
     """
     faults: list[str] = []
-    tokenizer_dir = cfg.model.path or cfg.model.tokenizer
-    if tokenizer_dir is None:
-        raise ValueError(
-            f"model.size={cfg.model.size} makes a new model, which needs model.tokenizer: "
-            "a directory with a tokenizer.json"
-        )
+    tokenizer_dir = cfg.model.tokenizer_directory
     digest = _try(lambda: start_digest(cfg), faults)
     tokenizer = None if faults else _try(lambda: load_tokenizer(tokenizer_dir), faults)
     model_cfg = batches = spoken = None
@@ -132,7 +127,8 @@ def starting_model(job: Job) -> Transformer:
     """The model that the run starts from, on its mesh: read, or drawn from the seed."""
     cfg = job.cfg
     if cfg.model.path is not None:
-        model = load_model(cfg.model.path, mesh=job.mesh, param_dtype=cfg.precision.params)
+        param_dtype = cfg.precision.params
+        model = load_model(cfg.model.path, mesh=job.mesh, param_dtype=param_dtype, what="the starting model")
         if "experts" in cfg.freeze:
             return model  # 4-bit experts stay as they are
         return plain_experts(model, cfg.precision.params, mesh=job.mesh)
