@@ -28,23 +28,27 @@ def doctor(
 
     Devices, versions, disk, network, clocks and settings; exit code 1 when something fails.
     """
-    from jaxtax.doctor import as_table
+    from jaxtax.doctor import Report, as_table
     from jaxtax.doctor.visit import meet, visit
 
-    cfg = _read(config, overrides or [])
+    cfg, absent = _read(config, overrides or [])
     if json_path is not None and _is_first():
         _check_file(json_path)
-    here = visit(cfg)
-    report, speaks = here.report, True
+    here = visit(cfg, absent)
+    report, written = here.report, True
+
+    def say(found: Report) -> None:
+        nonlocal written
+        print(as_table(found), flush=True)
+        written = json_path is None or _write(json_path, found.as_json())
+
     if hosts and here.can_meet:
         # What is wrong here is said first: the others may not come, or not be reached.
         if not report.passed:
             print(f"on {here.machine.host}, before it meets the others:\n{as_table(report)}", flush=True)
-        report, speaks = meet(here, getattr(cfg, "hosts", None))
-    written = True
-    if speaks:
-        print(as_table(report), flush=True)
-        written = json_path is None or _write(json_path, report.as_json())
+        report = meet(here, say, getattr(cfg, "hosts", None))
+    else:
+        say(report)
     if not report.passed:
         raise typer.Exit(1)
     if not written:
@@ -87,12 +91,21 @@ def _write(path: Path, found: dict[str, Any]) -> bool:
     return True
 
 
-def _read(config: Path | None, overrides: list[str]) -> Any:
-    """The checked config, of whichever verb it is; None: none was given."""
+def _read(config: Path | None, overrides: list[str]) -> tuple[Any, list[str]]:
+    """The checked config, of whichever verb it is (None: none was given), and what it names and is not there.
+
+    Raises:
+      ConfigError: something else is wrong with it.
+    """
     if config is None:
-        return None
+        return None, []
     from jaxtax.config import EvalConfig, StudyConfig, TrainConfig
-    from jaxtax.config_file import closest_schema, load
+    from jaxtax.config_file import ConfigError, closest_schema, load
 
     schemas = {"train": TrainConfig, "eval": EvalConfig, "study": StudyConfig}
-    return load(config, overrides, schemas[closest_schema(config, schemas)])
+    try:
+        return load(config, overrides, schemas[closest_schema(config, schemas)]), []
+    except ConfigError as error:
+        if error.config is None:
+            raise
+        return error.config, error.faults

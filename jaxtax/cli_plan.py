@@ -7,6 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
+from jaxtax.faults import all_of
+
 
 def plan(
     config: Annotated[Path, typer.Argument(metavar="CONFIG", help="Of `jaxtax train`.")],
@@ -39,12 +41,11 @@ def plan(
 
     Neither data nor weights need be there. Compilers for GPUs and TPUs: make install-plan.
     """
-    kind = _kind(topology, decode, forward, experts, json_path)
-    from jaxtax.config import TrainConfig
-    from jaxtax.config_file import check_kind, load
-
-    check_kind(config, "plan", TrainConfig, _schemas())
-    cfg = load(config, overrides or [], TrainConfig, files=False)
+    kind, cfg, _ = all_of(
+        lambda: _kind(decode, forward, experts, json_path),
+        lambda: _read(config, overrides or []),
+        lambda: _check_topology(topology),
+    )
     _quiet(topology)
     from jaxtax.artifact import write_json
     from jaxtax.plan.report import table
@@ -60,10 +61,24 @@ def plan(
         write_json(json_path, report.as_json())
 
 
-def _kind(topology: str, decode: bool, forward: bool, experts: str | None, json_path: Path | None) -> Any:
-    faults = []
+def _read(config: Path, overrides: list[str]) -> Any:
+    from jaxtax.config import TrainConfig
+    from jaxtax.config_file import check_kind, load
+
+    check_kind(config, "plan", TrainConfig, _schemas())
+    return load(config, overrides, TrainConfig, files=False)
+
+
+def _check_topology(topology: str) -> None:
+    from jaxtax.plan.machines import machine
+
     if not topology:
-        faults.append("--topology is missing; give a machine, as in --topology h100:8x8")
+        raise ValueError("--topology is missing; give a machine, as in --topology h100:8x8")
+    machine(topology)
+
+
+def _kind(decode: bool, forward: bool, experts: str | None, json_path: Path | None) -> Any:
+    faults = []
     if decode and forward:
         faults.append("--decode and --forward are two plans; give one of them")
     if experts not in (None, "plain", "mxfp4"):

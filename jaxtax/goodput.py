@@ -1,9 +1,12 @@
 """Where a run's wall time went: a ledger that the run writes, and what it adds up to.
 
-ledger.jsonl has a line at least every few seconds of work, and one before and after every save:
+ledger.jsonl has a line for every beginning, one every few seconds of steps, and one before and after every
+save; "seconds" are those since the line before:
 
-    {"session": 2, "time": 1763715600.1, "step": 40, "seconds": {"step": 3.1, "input": 0.02}}
-    {"session": 2, "time": 1763715609.3, "step": 40, "seconds": {}, "event": "..."}
+    {"session": 2, "time": 1763715600.1, "step": null, "began": 1763715593.0, "seconds": {"start": 7.1}}
+    {"session": 2, "time": 1763715609.3, "step": 40, "seconds": {"restore": 9.2}}
+    {"session": 2, "time": 1763715614.4, "step": 46, "seconds": {"step": 5.08, "input": 0.02}}
+    {"session": 2, "time": 1763715614.5, "step": 46, "seconds": {"step": 0.1}, "event": "..."}
 
 A session is one process's part of the run. Every moment of it is counted under one of KINDS, so that the
 sums are the wall time. The work that a killed session did after its last save, and the next one did again, is
@@ -77,6 +80,7 @@ class Ledger:
             os.truncate(path, whole_bytes(path))
         self._session = 1 + max((line["session"] for line in lines), default=0)
         self._lines = JsonLines(path)
+        self._count()
         self._write()
         threading.Thread(
             target=_beat, args=(path, self._zero, self._ended), name="ledger", daemon=True
@@ -200,6 +204,8 @@ def read_goodput(directory: Path, *, until: float | None = None) -> dict[str, An
 
 def goodput_in_words(found: dict[str, Any]) -> str:
     """The shares of the wall time, the largest first."""
+    if not found["wall"]:
+        return "0.0 s"  # a session that ended as it began
     parts = sorted(found["seconds"].items(), key=lambda pair: -pair[1])
     told = ", ".join(
         f"{kind} {100 * spent / found['wall']:.1f} %"

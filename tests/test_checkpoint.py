@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from dataclasses import dataclass, replace
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -18,11 +19,14 @@ from jaxtax.artifact import PIECE, digest_tree, read_origin
 from jaxtax.checkpoint import (
     DamagedError,
     Run,
+    arrays,
     load_model,
+    model_directory,
     named_arrays,
     read_model_config,
     run_states,
     save_model,
+    together,
 )
 from jaxtax.checkpoint.arrays import tree_inside
 from jaxtax.checkpoint.stream import StoredArray
@@ -222,6 +226,78 @@ def test_a_model_is_never_written_over(model_dir, tokenizer_dir, tiny_gpt_oss_co
         save_model(
             model_dir, make_model(tiny_gpt_oss_config), tokenizer_dir=tokenizer_dir, chat="harmony", origin={}
         )
+
+
+def test_no_wait_is_named_by_a_path_and_models_are_told_apart(
+    tmp_path, tokenizer_dir, tiny_qwen2_config, monkeypatch
+):
+    names = []
+
+    def share(name, value, *, seconds):
+        names.append(name)
+        return [value]
+
+    monkeypatch.setattr(together, "share", share)
+    model = make_model(tiny_qwen2_config)
+    for what in ("the model of step 3", "the model of step 6"):
+        place = tmp_path / what.rsplit(" ", 1)[1]
+        save_model(place, model, tokenizer_dir=tokenizer_dir, chat="harmony", origin={}, what=what)
+        load_model(place, what=what)
+    run = Run(tmp_path / "run")
+    run.save(1, make_state(1))
+    run.restore(jax.eval_shape(lambda: make_state(1)))
+    assert [name for name in names if "/" in name or tmp_path.name in name] == []
+    saved = [name for name in names if "model" in name]
+    assert len(saved) == len(set(saved)) >= 14
+    assert {f"reading the weights of {what}" for what in ("the model of step 3", "the model of step 6")} < {
+        *saved
+    }
+
+
+def of_two_processes(monkeypatch):
+    """Has a save read its weights again, as several processes do."""
+    stand_in = SimpleNamespace(process_index=lambda: 0, process_count=lambda: 2)
+    monkeypatch.setattr(model_directory, "jax", stand_in)
+
+
+def test_weights_that_a_disk_shows_late_are_waited_for(
+    tmp_path, tokenizer_dir, monkeypatch, tiny_qwen2_config
+):
+    looks = []
+
+    def late(place):
+        looks.append(place)
+        if len(looks) < 3:
+            raise DamagedError(f"{place} holds no arrays that Orbax wrote")
+        return tree_inside(place)
+
+    monkeypatch.setattr(arrays, "tree_inside", late)
+    of_two_processes(monkeypatch)
+    model = make_model(tiny_qwen2_config)
+    save_model(tmp_path / "m", model, tokenizer_dir=tokenizer_dir, chat="harmony", origin={})
+    assert len(looks) == 3
+    monkeypatch.undo()
+    assert_same(load_model(tmp_path / "m"), model)
+
+
+def test_weights_that_another_process_does_not_see_are_a_fault_of_all(
+    tmp_path, tokenizer_dir, monkeypatch, tiny_qwen2_config
+):
+    of_two_processes(monkeypatch)
+    everyone, told = arrays.everyone, "it holds no arrays that Orbax wrote"
+    monkeypatch.setattr(
+        arrays, "everyone",
+        lambda name, mine, **how: [mine, told] if name.startswith("finding") else everyone(name, mine, **how),
+    )  # fmt: skip
+    with pytest.raises(DamagedError, match=f"cannot be read: {told}"):
+        save_model(
+            tmp_path / "m",
+            make_model(tiny_qwen2_config),
+            tokenizer_dir=tokenizer_dir,
+            chat="harmony",
+            origin={},
+        )
+    assert [path.name for path in tmp_path.iterdir()] == ["tokenizer"]
 
 
 def test_a_save_that_fails_leaves_nothing(tmp_path, tokenizer_dir, tiny_qwen2_config):

@@ -84,6 +84,66 @@ def test_two_processes_save_and_load_what_one_does_alone(tmp_path):
     assert not list(tmp_path.glob(".*"))
 
 
+LATE = """
+import os, sys, time
+from pathlib import Path
+os.environ |= {"JAXTAX_COORDINATOR": sys.argv[1], "JAXTAX_PROCESS_ID": sys.argv[2]}
+os.environ |= {"JAXTAX_NUM_PROCESSES": "2", "JAXTAX_SAVE_SECONDS": "30"}
+sys.path.insert(0, "tests")
+import jax
+import numpy as np
+from test_checkpoint import make_model
+from test_checkpoint_hosts import CFG
+from jaxtax.artifact import DamagedError
+from jaxtax.checkpoint import arrays, load_model, model_directory, named_arrays, save_model
+from jaxtax.hosts.leave import exits_hard
+from jaxtax.hosts.start import start
+from jaxtax.hosts.wait import barrier
+from jaxtax.sharding import make_mesh, shardings
+
+home, found = Path(sys.argv[3]), arrays.tree_inside
+model_directory.SHOWS = 3.0
+
+def shows_after(seconds):
+    first = time.monotonic() + seconds
+    def late(place):
+        if jax.process_index() == 1 and time.monotonic() < first:
+            raise DamagedError(f"{place} holds no arrays that Orbax wrote")
+        return found(place)
+    arrays.tree_inside = late
+
+with exits_hard():
+    start()
+    mesh, drawn = make_mesh({"fsdp": 8}), make_model(CFG)
+    put = lambda leaf, where: jax.make_array_from_callback(leaf.shape, where, lambda i: np.asarray(leaf)[i])
+    model = jax.tree.map(put, drawn, shardings(drawn, mesh))
+    kept = {"tokenizer_dir": home / "tokenizer", "chat": "harmony", "origin": {}}
+    shows_after(2.0)
+    save_model(home / "m", model, **kept)
+    shows_after(1000.0)
+    try:
+        save_model(home / "lost", model, **kept)
+    except DamagedError as error:
+        print("all are told:", error, file=sys.stderr)
+    barrier("after the fault", seconds=10)
+    arrays.tree_inside = found
+    own = home / f"mount_{jax.process_index()}"  # each machine may have the disk in another place
+    own.symlink_to(home)
+    load_model(own / "m", mesh=mesh)
+"""
+
+
+@pytest.mark.slow
+def test_a_disk_that_shows_weights_late_and_has_two_places_leads_two_processes_the_same_way(tmp_path):
+    (tmp_path / "tokenizer").mkdir()
+    (tmp_path / "tokenizer" / "tokenizer.json").write_text('{"a": 1}')
+    codes, said = ended(pair(LATE, meeting(), tmp_path))
+    assert codes == [0, 0], said
+    assert said.count("all are told: ") == said.count("holds no arrays that Orbax wrote") == 2
+    assert_same(load_model(tmp_path / "m"), make_model(CFG))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["m", "mount_0", "mount_1", "tokenizer"]
+
+
 RESTORE = """
 import os, sys
 from pathlib import Path

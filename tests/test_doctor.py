@@ -1,12 +1,13 @@
 """The doctor: a healthy machine has no fault, and each of many seeded faults is found and has a cure."""
 
 import json
+import os
 import re
 import socket
 import subprocess
 import sys
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -15,12 +16,12 @@ from typer.testing import CliRunner
 from jaxtax.cli import app
 from jaxtax.doctor import as_table, examine
 from jaxtax.doctor.finding import Devices, Machine, Place, Wanted
-from jaxtax.doctor.look import addresses, broken_demands, devices, look_at, settings
+from jaxtax.doctor.look import addresses, broken_demands, devices, look, look_at, settings
 from jaxtax.doctor.meeting import ELSEWHERE, TAKEN, UNKNOWN_NAME, with_peers
 
 ROOT = Path(__file__).parent.parent
 GIB = 1 << 30
-WANTED = Wanted(devices={"mesh": 16}, disk=40 * 10**9, disk_parts="3 states of 12.0 GB, 1 models of 4.0 GB")
+WANTED = Wanted(devices={"mesh": 16}, disk=40 * 10**9, disk_parts="3 states of 12.0 GB, 1 model of 4.0 GB")
 
 # One of two nodes of a cluster with eight GPUs each, under Slurm, with InfiniBand, and all is well.
 HEALTHY = Machine(
@@ -82,8 +83,8 @@ def with_settings(**more):
 
 SEEDED = {
     "an unknown XLA flag": (
-        {"devices": Devices(fault="unknown in XLA_FLAGS: --xla_gpu_graph_level=0")},
-        "fail", "devices", "take them out of XLA_FLAGS",
+        {"devices": Devices("gpu", "NVIDIA H100", 8, unknown_flags="--xla_nope=1")},
+        "fail", "xla_flags", "XLA_FLAGS has --xla_nope=1, which this version of XLA does not know",
     ),
     "GPUs that JAX does not see": (
         {"devices": Devices("cpu", "cpu", 1)}, "fail", "devices", "has 8 accelerators, and JAX sees none",
@@ -127,13 +128,14 @@ SEEDED = {
         "fail", "xla_flags", "LIBTPU_INIT_ARGS",
     ),
     "a network device that is not there": (
-        with_settings(NCCL_SOCKET_IFNAME="bond0"), "fail", "variables", "no network device here is called so",
+        with_settings(NCCL_SOCKET_IFNAME="bond0"),
+        "fail", "variables", "no network device here has that name",
     ),
     "the loopback device for NCCL": (
         with_settings(NCCL_SOCKET_IFNAME="lo"), "fail", "variables", "does not lead to other machines",
     ),
     "an adapter that is not there": (
-        with_settings(NCCL_IB_HCA="mthca"), "fail", "variables", "no InfiniBand adapter",
+        with_settings(NCCL_IB_HCA="mthca"), "fail", "variables", "no InfiniBand adapter here has that name",
     ),
     "one address for all communicators": (
         with_settings(NCCL_COMM_ID="n1:9999"), "fail", "variables", "NCCL_COMM_ID",
@@ -143,6 +145,10 @@ SEEDED = {
     "a loud NCCL": (with_settings(NCCL_DEBUG="INFO"), "warn", "variables", "export NCCL_DEBUG=WARN"),
     "a fraction above one": (
         with_settings(XLA_PYTHON_CLIENT_MEM_FRACTION="92"), "fail", "variables", "at most 1",
+    ),
+    "a mistyped variable of jaxtax": (
+        {"mistyped": ("JAXTAX_SAFE is no variable of jaxtax; did you mean JAXTAX_SAVE?",)},
+        "warn", "variables", "JAXTAX_SAFE is no variable of jaxtax did you mean JAXTAX_SAVE?",
     ),
     "a proxy": (with_settings(https_proxy="(set)"), "fail", "coordinator", "export no_proxy=n1"),
     "a small /dev/shm": ({"shm": 64 << 20}, "fail", "limits", "/dev/shm has 64 MiB; NCCL wants 2,048 MiB"),
@@ -187,7 +193,7 @@ SEEDED = {
     "a directory in memory": ({"place": replace(HEALTHY.place, filesystem="tmpfs")}, "warn", "out", "tmpfs"),
     "a full disk": (
         {"place": replace(HEALTHY.place, free=39 * 10**9)},
-        "fail", "room", "39 GB free; the run needs 40 GB (3 states of 12.0 GB, 1 models of 4.0 GB) make room",
+        "fail", "room", "39 GB free; the run needs 40 GB (3 states of 12.0 GB, 1 model of 4.0 GB) make room",
     ),
 }  # fmt: skip
 
@@ -213,7 +219,7 @@ def test_a_seeded_fault_is_found_and_has_a_cure(name):
     [
         ({"versions": HEALTHY.versions | {"flax": "0.12.8"}}, "alike", "n2 has flax 0.12.8 (not 0.12.12)"),
         ({"devices": Devices("gpu", "NVIDIA H100", 7)}, "alike", "n2 has 7 x NVIDIA H100"),
-        ({"place": replace(HEALTHY.place, shared=False)}, "shared", "n2 do not see what n1 writes there"),
+        ({"place": replace(HEALTHY.place, shared=False)}, "shared", "n2 does not see what n1 writes there"),
     ],
 )
 def test_hosts_that_differ_are_named(changes, check, words):
@@ -264,7 +270,7 @@ def test_of_a_single_host_mesh_and_disk_are_told_when_they_are_well():
     well = examine([alone], replace(WANTED, devices={"mesh": 8})).rows
     told = {row.check: row.finding.found for row in well}
     assert all(row.finding.verdict == "ok" for row in well)
-    assert told["mesh"] == "mesh of the config is of 8 devices, and there are 8"
+    assert told["mesh"] == "mesh of the config is of 8 devices, as many as there are"
     assert told["room"].startswith("out=/shared/run has 1 TB free; the run needs 40 GB (3 states of")
     assert "room" not in {row.check for row in examine([alone], Wanted()).rows}
 
@@ -273,6 +279,49 @@ def test_processes_that_share_all_gpus_of_a_node_do_not_count_them_twice():
     tasks = [replace(HEALTHY, process=i, processes=8, nodes=1, settings={}) for i in range(8)]
     assert found(tasks, replace(WANTED, devices={"mesh": 8})) == []
     assert [one[1] for one in found(tasks, replace(WANTED, devices={"mesh": 9}))] == ["mesh"]
+
+
+def test_hosts_are_counted_apart_from_their_processes():
+    tasks = [replace(HEALTHY, process=i, processes=8, nodes=1, settings={}) for i in range(8)]
+    told = {row.check: row.finding.found for row in examine(tasks, replace(WANTED, devices={"mesh": 9})).rows}
+    assert told["alike"] == told["clocks"] == "8 processes on 1 host"
+    assert told["mesh"] == "mesh of the config needs 9 devices; found 8 on 1 host"
+    told = {row.check: row.finding.found for row in examine([HEALTHY, peer()], WANTED).rows}
+    assert told["alike"] == "2 hosts"
+    alone = replace(
+        HEALTHY, processes=1, nodes=1, coordinator=None, settings={}, devices=Devices("gpu", "x", 2)
+    )
+    told = {row.check: row.finding.found for row in examine([alone], Wanted({"mesh": 1})).rows}
+    assert told["mesh"] == "1 of 2 devices stays idle: mesh of the config is of 1"
+
+
+def test_only_what_was_looked_at_is_called_well():
+    def told(**changes):
+        rows = examine([replace(HEALTHY, **changes)], WANTED).rows
+        return [row.finding.found for row in rows if row.check == "config"]
+
+    well = ["out is free or holds this very run", "the mesh divides model and batch"]
+    assert told() == ["; ".join(well)]
+    assert told(place=Place("/shared/run", fault="/shared cannot be written to")) == well[1:]
+    assert told(place=None) == well[1:]
+    assert told(devices=Devices(fault="x")) == told(devices=Devices("gpu", "x", 8, "", "--y=1")) == well[:1]
+
+
+def test_what_was_not_tried_on_all_hosts_is_not_called_well():
+    unknown = replace(HEALTHY.place, shared=None, free=None)
+    machines = [replace(HEALTHY, place=unknown), peer(place=unknown)]
+    checks = [row.check for row in examine(machines, WANTED).rows]
+    assert not {"shared", "room"} & set(checks)
+    assert {"alike", "clocks"} <= set(checks)
+
+
+def test_a_file_that_only_some_hosts_lack_is_told_with_these():
+    absent = ("train.yaml: model.path: models/x does not exist; give a model directory",)
+    [one] = found([HEALTHY, peer(absent=absent)])
+    assert one[:2] == ("fail", "config")
+    assert one[2].startswith("on n2: train.yaml: model.path: models/x does not exist give a model directory")
+    [one] = found([replace(HEALTHY, absent=absent), peer(absent=absent)])
+    assert one[2].startswith("train.yaml: model.path")
 
 
 # What really looks at the machine.
@@ -347,6 +396,18 @@ def test_devices_are_asked_for_in_a_process_that_may_die(monkeypatch):
     assert "JAX_PLATFORMS" in devices().fault
 
 
+def test_unknown_flags_are_found_and_hide_nothing_else(monkeypatch):
+    known = os.environ.get("XLA_FLAGS", "")
+    monkeypatch.setenv("XLA_FLAGS", f"--xla_nope=1 {known} --xla_no=2")
+    seen = devices()
+    assert (seen.unknown_flags, seen.fault, seen.count) == ("--xla_nope=1 --xla_no=2", "", 8)
+    assert not seen.starts
+    monkeypatch.setenv("JAX_PLATFORMS", "cpuu")
+    seen = devices()
+    assert seen.unknown_flags == "--xla_nope=1 --xla_no=2"
+    assert "cpuu" in seen.fault
+
+
 def test_of_a_platform_that_jax_only_asserts_its_name_is_told(monkeypatch):
     # JAX ends so where JAX_PLATFORMS=cuda finds no CUDA.
     monkeypatch.setenv("JAX_PLATFORMS", "cuda")
@@ -361,6 +422,25 @@ def test_settings_are_told_without_secrets():
     }  # fmt: skip
     told = settings(environ)
     assert told == {"NCCL_DEBUG": "WARN", "https_proxy": "(set)", "SLURM_JOB_ID": "7"}
+
+
+def test_mistyped_variables_of_jaxtax_are_seen_and_their_values_are_not(monkeypatch):
+    monkeypatch.setattr("jaxtax.doctor.look.devices", lambda: Devices("cpu", "cpu", 1))
+    monkeypatch.setenv("JAXTAX_HEARTBEATSECONDS", "canary")
+    machine = look()
+    [line] = machine.mistyped
+    assert line.startswith("JAXTAX_HEARTBEATSECONDS is no variable")
+    assert line.endswith("did you mean JAXTAX_HEARTBEAT_SECONDS?")
+    assert "canary" not in str(machine)
+
+
+def test_a_machine_is_the_same_after_another_process_told_it():
+    from jaxtax.doctor.visit import _machine
+
+    machine = replace(
+        HEALTHY, mistyped=("a",), absent=("b",), broken=("c",), devices=Devices(unknown_flags="--d")
+    )
+    assert _machine(json.loads(json.dumps(asdict(machine)))) == machine
 
 
 def test_the_installed_packages_meet_their_demands(monkeypatch):
@@ -535,9 +615,9 @@ def test_the_command_survives_what_ends_other_processes(config, monkeypatch):
     monkeypatch.setenv("XLA_FLAGS", "--xla_gpu_graph_level=0")
     done = CliRunner().invoke(app, ["doctor", str(config)])
     assert done.exit_code == 1, done.output
-    assert (
-        "FAIL  devices      JAX does not start: unknown in XLA_FLAGS: --xla_gpu_graph_level=0" in done.stdout
-    )
+    assert "FAIL  xla_flags    XLA_FLAGS has --xla_gpu_graph_level=0, which this version" in done.stdout
+    assert "ok    devices" in done.stdout
+    assert "ok    xla_flags" not in done.stdout
 
 
 def test_disk_is_counted_from_the_config(config):
@@ -563,6 +643,100 @@ def test_disk_is_counted_from_the_config(config):
         f"{readable_bytes(int(1.2 * state))} to write the next beside them"
     )
     assert " MB" in wanted.disk_parts
+
+
+def test_experts_that_stay_in_four_bits_are_counted_so(config, monkeypatch):
+    from types import SimpleNamespace
+
+    from jaxtax.config import TrainConfig
+    from jaxtax.config_file import load
+    from jaxtax.doctor import size
+    from jaxtax.model.config import SIZES, count_parameters
+
+    def model(*overrides):
+        cut = ["model.path=m", "model.size=null", "model.tokenizer=null", *overrides]
+        [run] = size._runs(load(config, cut, TrainConfig, files=False))
+        return run.model
+
+    cfg = SIZES["gpt-oss-20b"]
+    monkeypatch.setattr(size, "read_model_config", lambda path: cfg)
+    monkeypatch.setattr(size, "read_description", lambda path: SimpleNamespace(experts="mxfp4"))
+    count = count_parameters(cfg)
+    experts = cfg.num_layers * cfg.moe.num_experts * 3 * cfg.embed_dim * cfg.mlp_dim
+    assert model("freeze=[router]") == 4 * count
+    # 17 bits for each 4 weights, and float32 for all others.
+    assert model("freeze=[experts]") == pytest.approx(4 * (count - experts) + experts * 17 / 32, rel=1e-2)
+    monkeypatch.setattr(size, "read_description", lambda path: SimpleNamespace(experts="plain"))
+    assert model("freeze=[experts]") == 4 * count
+
+
+ABSENT = {
+    "a model": (["model.path=models/absent", "model.size=null", "model.tokenizer=null"], {"model.path"}),
+    "a tokenizer": (["model.tokenizer=absent"], {"model.tokenizer"}),
+    "data and a model": (
+        [
+            "model.path=models/absent", "model.size=null", "model.tokenizer=null",
+            "data.sources.0.name=chat", "data.sources.0.files=[absent.jsonl]",
+        ],
+        {"model.path", "data.sources.0.files.0"},
+    ),
+    "a directory to write into": (["out={config}/run"], {"out"}),
+    "a variable": (
+        ["out=${{JAXTAX_ASSETS}}/run", "model.tokenizer=${{JAXTAX_ASSETS}}/tokenizer"], {"out"},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ABSENT)
+def test_what_a_config_names_and_is_not_there_hides_nothing_else(config, tmp_path, monkeypatch, name):
+    overrides, keys = ABSENT[name]
+    monkeypatch.setattr("jaxtax.doctor.look.devices", lambda: Devices("cpu", "cpu", 8))
+    monkeypatch.delenv("JAXTAX_ASSETS", raising=False)
+    told = tmp_path / "told.json"
+    words = [word.format(config=config) for word in overrides]
+    done = CliRunner().invoke(app, ["doctor", str(config), "mesh.fsdp=64", *words, "--json", str(told)])
+    assert done.exit_code == 1, done.output
+    findings = json.loads(told.read_text())["findings"]
+    failed = {one["check"]: one["found"] for one in findings if one["verdict"] == "fail"}
+    assert failed.keys() == {"config", "mesh"}
+    assert "needs 64 devices; found 8 on 1 host" in failed["mesh"]
+    against = [one["found"] for one in findings if (one["check"], one["verdict"]) == ("config", "fail")]
+    mesh = [line for line in against if line.startswith("mesh ")]  # needs the model
+    assert bool(mesh) == (name == "a directory to write into")
+    assert len(against) == len(keys) + len(mesh), "each once"
+    assert all(any(f"{key}: " in line for line in against) for key in keys)
+
+
+def test_an_evaluation_whose_model_is_not_there_yet_is_looked_at(tmp_path, monkeypatch):
+    monkeypatch.setattr("jaxtax.doctor.look.devices", lambda: Devices("cpu", "cpu", 1))
+    evaluation = ROOT / "configs" / "tiny" / "eval.yaml"
+    done = CliRunner().invoke(app, ["doctor", str(evaluation), "model=absent", f"out={tmp_path}/out"])
+    assert done.exit_code == 1, done.output
+    assert done.stdout.count("absent is no jaxtax artifact: it does not exist") == 1
+    assert "ok    mesh" in done.stdout
+    assert done.stdout.count("FAIL") == 1
+
+
+def test_a_config_that_is_wrong_in_itself_is_refused(config):
+    done = CliRunner().invoke(app, ["doctor", str(config), "model.tokenizer=absent", "batch_row=3"])
+    assert done.exit_code == 2
+    assert "batch_row" in done.stderr
+
+
+def test_a_file_that_vanishes_or_cannot_be_read_is_a_finding(config, monkeypatch):
+    from jaxtax.config import TrainConfig
+    from jaxtax.config_file import load
+    from jaxtax.doctor import refusals, size, visit
+
+    def fails(*args):
+        raise PermissionError(13, "Permission denied", "secret")
+
+    monkeypatch.setattr("jaxtax.doctor.visit.look", lambda out: replace(HEALTHY, coordinator=None))
+    for module, name in ((size, "load_tokenizer"), (refusals, "check_run")):
+        monkeypatch.setattr(module, name, fails)
+    here = visit.visit(load(config, [], TrainConfig))
+    assert here.wanted.refused == ("[Errno 13] Permission denied: 'secret'",)
+    assert here.wanted.devices == {"mesh": 4}
 
 
 def test_what_a_run_has_on_the_disk_is_not_asked_for_again(config):
@@ -631,11 +805,33 @@ def test_a_host_that_does_not_come_is_waited_for_a_minute_or_as_long_as_is_said(
         monkeypatch.setenv(name, value)
     here = visit.Here(replace(peer(), coordinator=where, nodes=1), Wanted())
     assert here.can_meet
-    report, speaks = visit.meet(here)
-    assert speaks
+    said = []
+    report = visit.meet(here, said.append)
+    assert said == [report]
     [bad] = [row.finding for row in report.rows if row.finding.verdict == "fail"]
     # How long it tried: a try that is under way is brought to its end.
     assert re.search(rf"process 1 of 2 could not reach process 0 at {where} in [12] s", bad.found)
+
+
+@pytest.mark.parametrize("index", [0, 1])
+def test_one_process_speaks_for_all_before_any_of_them_ends(monkeypatch, index):
+    from contextlib import contextmanager
+
+    from jaxtax.doctor import visit
+
+    done = []
+
+    @contextmanager
+    def parting():
+        yield
+        done.append("parted")
+
+    monkeypatch.setattr(visit, "start", lambda settings: None)
+    monkeypatch.setattr(visit, "exits_hard", parting)
+    monkeypatch.setattr(visit, "_all_machines", lambda machine: [machine, peer()])
+    monkeypatch.setattr(visit.store, "index", lambda: index)
+    report = visit.meet(visit.Here(HEALTHY, WANTED), done.append)
+    assert done == ([report, "parted"] if index == 0 else ["parted"])
 
 
 def test_what_cannot_be_looked_at_is_a_finding_and_no_error(monkeypatch, tmp_path):

@@ -418,3 +418,27 @@ def test_a_chat_format_that_does_not_fit_is_told_before_anything_is_written(home
     with pytest.raises(ValueError, match="the tokenizer knows only its own words"):
         evaluate(config(home, out, system=SystemMessage(effort="low")))
     assert not out.exists()
+
+
+def test_a_batch_of_several_processes_has_an_hour_and_a_second_for_each_token(home, tmp_path, monkeypatch):
+    entered = []
+
+    class Watched:
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *error):
+            pass
+
+        def enter(self, what, seconds):
+            entered.append((what, seconds))
+
+        def beat(self):
+            pass
+
+    monkeypatch.setattr(run, "connected", lambda: True)
+    monkeypatch.setattr(run, "Watchdog", Watched)
+    evaluate(config(home, tmp_path / "watched", tasks=TASKS[:1]))
+    [(what, seconds)] = entered
+    assert seconds == 3600 + SAMPLING.max_new_tokens
+    assert "give a smaller sampling.batch" in what

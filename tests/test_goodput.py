@@ -1,6 +1,7 @@
 """The ledger of a run: read, added up, shown and reported."""
 
 import json
+import re
 import subprocess
 import sys
 import threading
@@ -370,6 +371,20 @@ def test_a_ledger_counts_each_moment_once(tmp_path):
     assert found["wall"] == pytest.approx(found["seconds"]["start"], abs=5)
     assert [text for _, text in found["events"]] == ["odd"]
     assert Ledger().close() is None  # writes nothing
+
+
+def test_a_session_that_has_only_begun_tells_where_its_time_went(tmp_path):
+    Ledger(began=time.time() - 5).open(tmp_path)
+    [line] = read_json_lines(tmp_path / "ledger.jsonl")
+    assert line["seconds"] == {"start": pytest.approx(5, abs=1)}
+    assert line["time"] == pytest.approx(line["began"] + line["seconds"]["start"], abs=1e-5)
+    assert re.fullmatch(r"[5-6]\.\d s: start 100\.0 %", goodput_in_words(read_goodput(tmp_path)))
+
+
+def test_a_ledger_of_no_time_at_all_is_put_into_words(tmp_path):
+    line = {"session": 1, "time": 90.0, "step": None, "began": 90.0, "seconds": {}}  # as older versions began
+    (tmp_path / "ledger.jsonl").write_text(json.dumps(line) + "\n")
+    assert goodput_in_words(read_goodput(tmp_path)) == "0.0 s"
 
 
 def test_lines_that_find_the_disk_full_are_written_when_there_is_room(tmp_path, monkeypatch):

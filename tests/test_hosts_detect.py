@@ -98,10 +98,26 @@ def test_each_launcher_is_understood(env, index, count, coordinator):
         (EXPLICIT | {"JAXTAX_PROCESS_ID": "4"}, ["process 4 of 4 by JAXTAX_NUM_PROCESSES", "0 to 3"]),
         ({"JAXTAX_NUM_PROCESSES": "1", "JAXTAX_PROCESS_ID": "1"}, ["process 1 of 1"]),
         ({"JAXTAX_NUM_PROCESSES": "2", "JAXTAX_PROCESS_ID": "1"},
-         ["2 processes and does not say where they meet", "export JAXTAX_COORDINATOR=HOST"]),
+         ["2 processes (JAXTAX_NUM_PROCESSES and JAXTAX_PROCESS_ID), and nothing says where they meet",
+          "export JAXTAX_COORDINATOR=HOST"]),
+        (EXPLICIT | {"JAXTAX_NUM_PROCESSES": "0"}, ["JAXTAX_NUM_PROCESSES=0; expected at least 1"]),
+        (OPEN_MPI | {"OMPI_COMM_WORLD_SIZE": "0"}, ["OMPI_COMM_WORLD_SIZE=0; expected at least 1"]),
+        (SKYPILOT | {"SKYPILOT_NUM_NODES": "0"}, ["SKYPILOT_NUM_NODES=0; expected at least 1"]),
+        (SLURM | {"SLURM_STEP_NUM_TASKS": "0"}, ["SLURM_STEP_NUM_TASKS=0; expected at least 1"]),
+        (TPU | {"MEGASCALE_NUM_SLICES": "0"}, ["MEGASCALE_NUM_SLICES=0; expected at least 1"]),
+        (SLURM | {"SLURM_STEP_NUM_NODES": "3x", "SLURM_NODEID": "two"},
+         ["SLURM_STEP_NUM_NODES='3x'; expected a whole number", "SLURM_NODEID='two'; expected a whole"]),
+        (EXPLICIT | {"JAXTAX_COORDINATOR": "127.0.0.1:99999", "JAXTAX_PROCESS_ID": "x"},
+         ["JAXTAX_PROCESS_ID='x'", "JAXTAX_COORDINATOR='127.0.0.1:99999'; expected HOST:PORT"]),
+        (EXPLICIT | {"JAXTAX_COORDINATOR": "127.0.0.1:abc"}, ["'127.0.0.1:abc'; expected HOST:PORT"]),
+        (SLURM | {"JAXTAX_COORDINATOR": "127.0.0.1:abc"}, ["JAXTAX_COORDINATOR='127.0.0.1:abc'"]),
+        (SLURM | {"JAXTAX_COORDINATOR_PORT": "abc"},
+         ["JAXTAX_COORDINATOR_PORT='abc'; expected a port of 1 to 65535"]),
+        ({"NNODES": "2", "NODE_RANK": "1", "MASTER_ADDR": "a", "MASTER_PORT": "0"}, ["MASTER_PORT='0'"]),
         (SKYPILOT | {"SKYPILOT_NUM_NODES": "3"}, ["has 2 addresses, SKYPILOT_NUM_NODES=3"]),
         ({"SLURM_JOB_ID": "1", "SLURM_JOB_NUM_NODES": "4"}, ["on 4 nodes", "srun"]),
-        (OPEN_MPI | {"OMPI_MCA_orte_hnp_uri": ""}, ["Open MPI starts 4 processes", "JAXTAX_COORDINATOR"]),
+        (OPEN_MPI | {"OMPI_MCA_orte_hnp_uri": ""},
+         ["4 processes (Open MPI), and nothing says where", "JAXTAX_COORDINATOR"]),
         (TPU | {"TPU_WORKER_HOSTNAMES": "", "MEGASCALE_NUM_SLICES": "2", "MEGASCALE_SLICE_ID": "x"},
          ["MEGASCALE_SLICE_ID='x'", "TPU_WORKER_HOSTNAMES is not set"]),
         (POD, ["pod 2 of an indexed Job", "JAXTAX_NUM_PROCESSES (1: this one alone)"]),
@@ -136,6 +152,16 @@ def test_slurms_short_forms_are_read():
 )
 def test_one_process_per_node_and_one_per_gpu_together_have_all_gpus(env, gpus, devices):
     assert local_devices(detect(env), env, gpus) == devices
+
+
+@pytest.mark.parametrize("chosen", ["one", "0,,1", "0-3", "0,1,"])
+def test_devices_that_are_no_numbers_are_refused_before_anybody_waits(monkeypatch, chosen):
+    monkeypatch.setattr(start, "_peers", None)
+    monkeypatch.setattr(start, "roll_call", lambda peers, seconds: pytest.fail("it waited"))
+    for name, value in (EXPLICIT | {"JAX_LOCAL_DEVICE_IDS": chosen}).items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match=f"JAX_LOCAL_DEVICE_IDS='{chosen}'; expected numbers of devices"):
+        start.start()
 
 
 def test_the_tasks_of_a_node_share_its_gpus_without_a_rest():

@@ -106,3 +106,28 @@ def test_without_a_log_that_can_be_read_again_the_code_of_srun_counts(tmp_path):
         env=os.environ | {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n1", "PATH": path},
     )  # fmt: skip
     assert done.returncode == 42, done.stderr
+
+
+@pytest.mark.parametrize("code", [42, 75])
+def test_a_disk_that_takes_no_count_of_faults_keeps_no_job_from_being_queued_again(tmp_path, code):
+    (tmp_path / "jaxtax-7.faults" / "in the way").mkdir(parents=True)  # neither written nor removed
+    assert ended(tmp_path, code=code)[:2] == (code, True)
+    assert ended(tmp_path, code=code, restarts=3)[:2] == (code, True)
+
+
+def test_outside_of_slurm_the_script_says_how_it_is_started(tmp_path):
+    environment = {name: text for name, text in os.environ.items() if not name.startswith("SLURM_")}
+    done = subprocess.run(
+        ["bash", str(SCRIPT), "true"], cwd=tmp_path, capture_output=True, text=True, check=False, timeout=20,
+        env=environment,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert "submit this with sbatch" in done.stderr
+
+
+def test_bounds_that_are_no_numbers_are_refused_before_anything_runs(tmp_path):
+    for name in ("JAXTAX_MAX_FAULTS", "JAXTAX_MAX_RESTARTS"):
+        code, again, said = ended(tmp_path, code=75, **{name: "many"})
+        assert (code, again) == (2, False)
+        assert f"{name}='many'; expected a whole number" in said
+        assert "a line of a task" not in said

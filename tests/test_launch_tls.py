@@ -52,6 +52,8 @@ def test_a_jax_without_tls_is_refused_and_nothing_goes_in_plain_text(files, monk
     monkeypatch.setattr(jax.distributed, "initialize", lambda coordinator_address: None)
     with pytest.raises(ValueError, match=r"ask for TLS, which jax .* does not have; use jax 0\.12 or later"):
         tls(files)
+    with pytest.raises(ValueError, match="JAXTAX_TLS_CERT asks for TLS"):
+        tls({"JAXTAX_TLS_CERT": files["JAXTAX_TLS_CERT"]})
 
 
 @needs_tls

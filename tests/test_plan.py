@@ -26,7 +26,7 @@ from jaxtax.plan.machines import GIB, KINDS, Machine, machine
 from jaxtax.plan.packages import requirements
 from jaxtax.plan.program import Program, size_of
 from jaxtax.plan.record import as_markdown
-from jaxtax.plan.report import table
+from jaxtax.plan.report import Report, table
 from jaxtax.plan.run import _expanded as expanded
 from jaxtax.plan.run import _report as reported
 from jaxtax.plan.run import check, examine, plan
@@ -151,18 +151,21 @@ def test_sizes_of_arrays(dtype, shape, size):
     ],
 )
 def test_operations_per_token_are_those_of_the_sizes_on_paper(size, tokens, forward, train, again):
-    work = training_work(SIZES[size], tokens, remat="full", freeze=())
+    cfg = SIZES[size]
+    work = training_work(cfg, tokens, remat="full", freeze=())
     assert work.model / 1e9 == pytest.approx(train, rel=1e-3)
     assert work.done / 1e9 == pytest.approx(again, rel=1e-3)
-    assert work.forward / 1e9 == pytest.approx(forward, rel=1e-3)
+    # All but the head is computed again.
+    head = 2 * cfg.embed_dim * cfg.vocab_size
+    assert (work.done - work.model + head) / 1e9 == pytest.approx(forward, rel=1e-3)
 
 
 def test_prompts_need_the_head_at_their_last_token_alone():
     cfg = SIZES["gpt-oss-120b"]
     head = 2 * cfg.embed_dim * cfg.vocab_size
-    all_of_it = training_work(cfg, 8192, remat="none", freeze=()).forward
-    assert all_of_it - forward_work(cfg, 8192).forward == pytest.approx(head * 8191 / 8192)
-    assert forward_work(cfg, 1).forward == decoding_work(cfg, 1).forward
+    again = training_work(cfg, 8192, remat="full", freeze=())
+    assert forward_work(cfg, 8192).model == pytest.approx(again.done - again.model + head / 8192)
+    assert forward_work(cfg, 1).model == decoding_work(cfg, 1).model
 
 
 def test_a_frozen_part_needs_no_product_for_its_gradient():
@@ -225,6 +228,16 @@ def test_a_step_updates_its_state_in_place_and_expands_no_tokens_to_all_experts(
 def with_many_experts(wanted, count=32):
     moe = replace(wanted.model_cfg.moe, num_experts=count)
     return replace(wanted, model_cfg=replace(wanted.model_cfg, moe=moe, windows=(16,), num_layers=1))
+
+
+def test_half_of_a_prompt_batch_is_not_all_of_its_tokens():
+    wanted = with_many_experts(target(config("data.row_tokens=512", "micro_batches=2"), "forward"))
+    cfg, mesh = wanted.model_cfg, make_mesh({})
+    x = jnp.ones((16 * 512 // 2, cfg.embed_dim))
+    w = jnp.ones((cfg.moe.num_experts, cfg.embed_dim, cfg.mlp_dim))
+    program = compiled(lambda x, w: jnp.einsum("RD,EDF->ERF", x, w) * 2, x, w)
+    assert expanded(wanted, mesh, program) == 0
+    assert expanded(replace(wanted, kind="train"), mesh, program) > 0
 
 
 @pytest.mark.parametrize("sizes", [{}, {"data": 2, "expert": 2, "tensor": 2}])
@@ -455,13 +468,34 @@ def test_a_wrong_question_is_answered_in_words(arguments, words, monkeypatch):
         assert word in result.output
 
 
-def test_a_slice_that_does_not_exist_is_told_before_its_mesh(monkeypatch):
+def test_faults_of_question_config_and_topology_are_told_at_once_and_before_jax_starts(monkeypatch):
+    monkeypatch.setattr("jaxtax.cli_plan._quiet", lambda topology: pytest.fail("it goes on"))
+    words = ["--topology", "h10:9", "--experts", "int4", "batch_row=3", "seed=x"]
+    result = run("plan", CONFIG, *TINY, *words)
+    assert result.exit_code == 2
+    for told in ("--experts int4", "batch_row: unknown key", "seed: ", "no device called 'h10'"):
+        assert told in result.output
+
+
+def test_what_is_wrong_with_a_mesh_is_told_with_the_compilers_that_lack(monkeypatch):
     def none(self):
         raise ValueError(f"--topology {self.name} cannot be compiled for")
 
     monkeypatch.setattr(Machine, "devices", none)
-    with pytest.raises(ValueError, match="v6e:3x5 cannot be compiled for"):
-        plan(config(*SPREAD), "v6e:3x5")
+    with pytest.raises(ValueError, match="compiled for") as told:
+        plan(config("mesh.fsdp=3", "micro_batches=1"), "v6e:3x5")
+    count, divided, absent = str(told.value).splitlines()
+    assert "has 3 devices, but v6e:3x5 has 15" in count
+    assert "mesh data*fsdp*expert=3 does not divide batch_rows" in divided
+    assert absent == "--topology v6e:3x5 cannot be compiled for"
+
+
+@pytest.mark.parametrize("kind", ["decode", "forward"])
+def test_generation_has_all_rows_at_once_however_many_micro_batches_training_has(kind):
+    cfg, where = config("batch_rows=8", "micro_batches=2", "mesh.fsdp=8"), machine("cpu:8")
+    check(target(cfg, kind), where)
+    with pytest.raises(ValueError, match="does not divide batch_rows / micro_batches=4"):
+        check(target(cfg, "train"), where)
 
 
 def test_the_mesh_is_arranged_as_a_run_arranges_it(monkeypatch):
@@ -493,6 +527,22 @@ def test_a_model_that_is_not_there_is_known_by_its_name_or_refused():
     assert target(config(path=path), "forward").experts == "mxfp4"
     with pytest.raises(ValueError, match=r"models/mine is not there.*model.size=NAME"):
         target(config("model.path=models/mine", path=path), "train")
+
+
+def test_experts_of_a_model_that_is_there_are_held_as_training_holds_them(monkeypatch, tmp_path):
+    cfg = SIZES["gpt-oss-20b"]
+    there = SimpleNamespace(cfg=cfg, experts="mxfp4")
+    monkeypatch.setattr("jaxtax.plan.steps.read_model_config", lambda path: cfg)
+    monkeypatch.setattr("jaxtax.plan.steps.read_description", lambda path: there)
+    path = ROOT / "configs/gpt_oss_20b/reasoning.yaml"
+
+    def held(kind, *overrides):
+        return target(config(f"model.path={tmp_path}", *overrides, path=path), kind).experts
+
+    assert held("train", "freeze=[router]") == "plain"
+    assert held("train", "freeze=[experts]") == held("decode") == "mxfp4"
+    there.experts = "plain"
+    assert held("train", "freeze=[experts]") == held("decode") == "plain"
 
 
 def test_without_the_compilers_it_says_how_to_get_them(tmp_path):
@@ -550,6 +600,66 @@ def test_the_verb_prints_a_table_and_writes_the_json(tmp_path):
         "compiled in",
     ):
         assert words in result.stdout
+
+
+def kept_report(topology, **changes):
+    found = next(
+        kept["report"]
+        for kept in read_json(PLANS)["plans"]
+        if kept["report"]["topology"].startswith(topology)
+    )
+    return replace(Report.from_json(found), **changes)
+
+
+def test_a_report_is_the_same_after_it_was_json():
+    for kept in read_json(PLANS)["plans"]:
+        assert json.loads(json.dumps(Report.from_json(kept["report"]).as_json())) == kept["report"]
+
+
+@pytest.mark.parametrize(
+    ("topology", "dtypes", "told"),
+    [
+        ("h200", "", False),
+        ("h200", ["f32"], True),
+        ("v5p", ["f32", "f32", "bf16", "bf16"], False),
+        ("v5p", ["f32", "f32", "f32"], True),
+        ("v5p", ["bf16"] * 5, True),
+        ("cpu", ["f32"] * 50, False),
+    ],
+)
+def test_copies_of_all_weights_are_told_in_words_where_the_compiler_has_no_reason(topology, dtypes, told):
+    arrays = [f"{dtype}[2, 4, 12, 96] name" for dtype in dtypes]
+    extra = [{"stack": [2, 4, 12, 96], "gradients": 2, "arrays": arrays}] if arrays else []
+    report = kept_report("h200" if topology == "cpu" else topology, extra_stacks=extra)
+    report = replace(report, topology="cpu:8") if topology == "cpu" else report
+    words = f"{len(arrays)} arrays of the size of [2, 4, 12, 96], where gradients need 2"
+    assert (words in table(report)) == told
+    assert ("copies" in table(report)) == told
+    assert report.as_json()["extra_stacks"] == extra
+
+
+def test_the_memory_of_a_cpu_is_assumed():
+    cpu = KINDS["cpu"]
+    assert cpu.why.startswith(f"{cpu.memory // GIB} GiB assumed")
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "told"),
+    [(["--help"], 0, "FILE [WORD ...]"), ([], 2, "FILE"), (["absent.json"], 2, "absent.json: no such file")],
+)
+def test_the_command_that_keeps_plans_says_how_it_is_called(words, code, told):
+    command = [sys.executable, "-m", "jaxtax.plan.record", *words]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == code
+    assert "usage: python -m jaxtax.plan.record FILE [WORD ...]" in done.stdout + done.stderr
+    assert told in done.stdout + done.stderr
+
+
+def test_words_that_begin_with_a_dash_choose_plans_too():
+    command = [sys.executable, "-m", "jaxtax.plan.record", "configs/plans.json", "--decode", "no such plan"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == as_markdown(read_json(PLANS)["plans"]) + "\n"
 
 
 # --- What a GPU has room for

@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 
 from jaxtax import owner
 from jaxtax.cli import app
+from jaxtax.goodput import Ledger
 from jaxtax.owner import claim, owner_of
 from jaxtax.show import describe
 
@@ -49,6 +50,19 @@ def write_run(run):
     (run / "ledger.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     for name in ("8", "12", "16.damaged", ".14.tmp"):
         (run / "state" / name).mkdir(parents=True)
+
+
+def test_a_run_that_is_still_reading_its_model_is_shown(tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "config.yaml").write_text("out: run\n")
+    (run / "data.json").write_text(json.dumps({"steps": 40}))
+    ledger = Ledger()
+    ledger.open(run)
+    facts = describe(run).facts
+    ledger.close()
+    assert facts["step"] == "0 of 40"
+    assert facts["time"].endswith(" s: start 100.0 %")
 
 
 def test_a_run_that_has_not_ended_is_shown_as_far_as_it_is(tmp_path):

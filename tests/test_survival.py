@@ -22,7 +22,7 @@ from typer.testing import CliRunner
 from jaxtax import owner
 from jaxtax.artifact import DamagedError
 from jaxtax.chat.vocabulary import build_world_tokenizer
-from jaxtax.checkpoint import model_directory, run_states
+from jaxtax.checkpoint import model_directory, run_states, together
 from jaxtax.checkpoint.together import FailedError
 from jaxtax.cli import app
 from jaxtax.config import BadSteps, Hosts, Mesh
@@ -428,7 +428,7 @@ def test_a_killed_owner_on_this_machine_keeps_nothing(tmp_path, holder):
 
 
 def test_a_directory_whose_claim_is_not_seen_is_not_shared(tmp_path, monkeypatch):
-    monkeypatch.setattr(ownership, "_SHOWS", 0.3)
+    monkeypatch.setattr(ownership, "SHOWS", 0.3)
     with ownership.owned(tmp_path, "training", pytest.fail):
         token = json.loads((tmp_path / owner.OWNER).read_text())["token"]
         assert owner.is_held(tmp_path, token)
@@ -525,6 +525,18 @@ def test_a_claim_that_cannot_be_read_for_a_while_is_kept_and_beats_again(tmp_pat
         elsewhere(tmp_path)
         ownership.Owner(held).check()
     assert not (tmp_path / owner.OWNER).exists()
+
+
+def test_a_claim_is_checked_before_a_save_with_the_patience_of_a_save(monkeypatch):
+    asked = []
+
+    def share(name, value, *, seconds):
+        asked.append(seconds)
+        return [value]
+
+    monkeypatch.setattr(together, "share", share)
+    ownership.Owner(None).check()
+    assert asked == [limits().save]
 
 
 def test_a_read_that_fails_twice_is_tried_again(tmp_path, monkeypatch):

@@ -81,7 +81,7 @@ def test_on_other_processes_or_another_mesh_a_run_goes_on_within_2e_6(
 SOON = """
 from jaxtax.cli import main
 from jaxtax.train import ownership
-ownership._SHOWS = 2.0
+ownership.SHOWS = 2.0
 main()
 """
 

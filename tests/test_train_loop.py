@@ -23,6 +23,7 @@ from jaxtax.progress import Progress
 from jaxtax.train import step as step_module
 from jaxtax.train.job import check_job
 from jaxtax.train.loop import train
+from jaxtax.train.record import MetricsFile
 
 STEPS, STEPS_PER_EPOCH = 27, 9
 
@@ -232,6 +233,20 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_step_and_conversation
     assert [path.name for path in (cfg.out / "state").iterdir()] == ["1"]
     assert not (cfg.out / "model").exists()
     assert lines(cfg.out) == []
+
+
+def test_a_run_that_fails_closes_its_ledger_though_the_disk_takes_no_metrics(
+    whole_run, tmp_path, monkeypatch
+):
+    cfg = whole_run.model_copy(update={"out": tmp_path / "run"})
+
+    def full(metrics):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(MetricsFile, "close", full)
+    interrupt(monkeypatch, cfg, 1)
+    last = json.loads((cfg.out / "ledger.jsonl").read_text().splitlines()[-1])
+    assert last["closed"]
 
 
 def test_two_runs_from_one_model_start_from_its_weights(whole_run, tmp_path):

@@ -11,6 +11,7 @@ A tree is written by Orbax as a whole (`save_arrays`), or prepared by it and fil
 import contextlib
 import logging
 import shutil
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -112,23 +113,52 @@ def open_arrays(place: Path) -> dict[str, StoredArray]:
 
 
 def load_placed(
-    place: Path, abstract: Any, mesh: Mesh | None, what: str, *, dtype: Any = None, hashed: bool = True
+    place: Path,
+    abstract: Any,
+    mesh: Mesh | None,
+    what: str,
+    *,
+    wait: str | None = None,
+    dtype: Any = None,
+    hashed: bool = True,
 ) -> tuple[Any, dict[str, str]]:
     """The arrays at `place` in the form of `abstract`, and the digest of each; see placing.place_arrays.
 
     Raises:
       DamagedError: in all processes, if one cannot read its part. Nobody waits in Orbax for one that failed.
     """
-    tree, fault = place, None
-    try:
-        tree = tree_inside(place)
-    except DamagedError as error:
-        fault = str(error)
-    if faults := [text for text in everyone(f"finding {what}", fault) if text is not None]:
-        raise DamagedError(f"{what} cannot be read: {faults[0]}")
+    tree = tree_seen_by_all(place, what, wait=wait or what)
     names = _wanted(abstract, mesh)
-    found, digests = place_arrays(tree, names, what, dtype=dtype, hashed=hashed)
+    found, digests = place_arrays(tree, names, what, wait=wait, dtype=dtype, hashed=hashed)
     return jax.tree.unflatten(jax.tree.structure(abstract), [found[name] for name in names]), digests
+
+
+def tree_seen_by_all(place: Path, what: str, *, wait: str, seconds: float = 0.0) -> Path:
+    """`tree_inside`, which all processes have found.
+
+    Args:
+      what, wait: as of placing.place_arrays.
+      seconds: how long to look for it: a disk may be late to show what another machine wrote.
+
+    Raises:
+      DamagedError: in all processes, if one does not find it.
+    """
+    end = time.monotonic() + seconds
+    tree, fault = _tree_or_fault(place)
+    while fault is not None and time.monotonic() < end:
+        time.sleep(0.1)
+        tree, fault = _tree_or_fault(place)
+    faults = everyone(f"finding {wait}", fault, seconds=limits().save + seconds)
+    if found := [text for text in faults if text is not None]:
+        raise DamagedError(f"{what} cannot be read: {found[0]}")
+    return tree
+
+
+def _tree_or_fault(place: Path) -> tuple[Path, str | None]:
+    try:
+        return tree_inside(place), None
+    except DamagedError as error:
+        return place, str(error)
 
 
 def _wanted(abstract: Any, mesh: Mesh | None) -> dict[str, jax.ShapeDtypeStruct]:
@@ -162,11 +192,14 @@ def _only_errors() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def beside(directory: Path) -> Iterator[Path]:
+def beside(directory: Path, what: str) -> Iterator[Path]:
     """A fresh directory to fill; it becomes `directory` when the block ends well, and vanishes when not.
 
     Of several processes all come here, each writes its part, and the first makes, renames and removes. The
     name is there when any of them leaves the block.
+
+    Args:
+      what: it becomes, for the names of waits: no path, because processes may have been given different ones.
     """
     fresh = directory.with_name(f".{directory.name}.tmp")
     first = jax.process_index() == 0
@@ -176,12 +209,12 @@ def beside(directory: Path) -> Iterator[Path]:
             shutil.rmtree(fresh, ignore_errors=True)
             fresh.mkdir(parents=True)
 
-    together(f"making {fresh}", begin)
+    together(f"making the directory of {what}", begin)
     try:
         yield fresh
-        everyone(f"writing {directory}", None)
+        everyone(f"writing {what}", None)
     except BaseException:
         if first:
             shutil.rmtree(fresh, ignore_errors=True)
         raise
-    together(f"naming {directory}", lambda: fresh.rename(directory) if first else None)
+    together(f"naming {what}", lambda: fresh.rename(directory) if first else None)

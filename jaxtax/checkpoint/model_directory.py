@@ -25,10 +25,11 @@ from jax.sharding import Mesh
 from jaxtax import artifact
 from jaxtax.artifact import ORIGIN, DamagedError
 from jaxtax.chat.tokenizer import TOKENIZER_FILES
-from jaxtax.checkpoint.arrays import beside, load_placed, named_arrays, save_arrays, tree_inside
+from jaxtax.checkpoint.arrays import beside, load_placed, named_arrays, save_arrays, tree_seen_by_all
 from jaxtax.checkpoint.placing import digest_stored
 from jaxtax.checkpoint.room import check_room
 from jaxtax.checkpoint.together import together
+from jaxtax.hosts.first import SHOWS
 from jaxtax.model.config import ModelConfig, Moe, Rope, count_parameters
 from jaxtax.model.four_bit import experts_form
 from jaxtax.model.mlp import ExpertsForm
@@ -69,6 +70,7 @@ def save_model(
     chat: str,
     origin: Mapping[str, Any],
     system: Mapping[str, Any] | None = None,
+    what: str = "the model",
 ) -> None:
     """Writes a model directory, beside first and renamed at last: it is there as a whole or not at all.
 
@@ -81,6 +83,7 @@ def save_model(
       tokenizer_dir: whose tokenizer files are copied, and, if it is a model directory, its source/.
       chat, system: see Description.
       origin: what else belongs in origin.json (what the model was made from).
+      what: it is, for the names of waits: no path, because processes may have been given different ones.
 
     Raises:
       ValueError: `directory` exists, or the weights are of several floating-point dtypes.
@@ -93,25 +96,28 @@ def save_model(
     described = Description(model.cfg, dtype, experts_form(model), chat, system)
     first = jax.process_index() == 0
     room = functools.partial(check_room, directory, arrays)
-    together(f"room for {directory}", lambda: room() if first else None)
-    with beside(directory) as fresh:
+    together(f"room for {what}", lambda: room() if first else None)
+    with beside(directory, what) as fresh:
         params = fresh / "params"
-        together(f"writing {params}", lambda: save_arrays(params, arrays))
-        digests = _digests(params, arrays)
+        together(f"writing the weights of {what}", lambda: save_arrays(params, arrays))
+        digests = _digests(params, arrays, what)
 
         def finish() -> None:
             if first:
                 describe(fresh, described, tokenizer_dir)
                 seal(fresh, described, digests, origin)
 
-        together(f"writing what belongs to {params}", finish)
+        together(f"writing what belongs to {what}", finish)
 
 
-def _digests(params: Path, arrays: Mapping[str, Any]) -> dict[str, str]:
+def _digests(params: Path, arrays: Mapping[str, Any], what: str) -> dict[str, str]:
     """Digests of arrays that were written: of several processes none has all, so they read them again."""
     if jax.process_count() == 1:
         return artifact.digest_arrays(arrays)
-    return digest_stored(tree_inside(params), arrays, str(params))
+    wait = f"the written weights of {what}"
+    # Orbax's first process has renamed what all have written; the others may see that later.
+    tree = tree_seen_by_all(params, str(params), wait=wait, seconds=SHOWS)
+    return digest_stored(tree, arrays, str(params), wait=wait)
 
 
 def describe(directory: Path, described: Description, tokenizer_dir: Path | None = None) -> None:
@@ -178,7 +184,12 @@ def read_model_config(directory: Path) -> ModelConfig:
 
 
 def load_model(
-    directory: Path, *, mesh: Mesh | None = None, param_dtype: Any = None, verify: bool = True
+    directory: Path,
+    *,
+    mesh: Mesh | None = None,
+    param_dtype: Any = None,
+    verify: bool = True,
+    what: str = "the model",
 ) -> Transformer:
     """The model in `directory`.
 
@@ -187,6 +198,7 @@ def load_model(
       mesh: spread over it as sharding.shardings says; None: all on the first device.
       param_dtype: of the floating-point weights; None: as they are stored. Experts in 4 bits stay so.
       verify: compare all with the digests in origin.json (hashes about 1 GB per second).
+      what: as of `save_model`.
 
     Raises:
       ValueError: this is not a (whole) model directory.
@@ -199,7 +211,13 @@ def load_model(
     origin = artifact.read_origin(directory, "model")
     abstract = _abstract_model(described.cfg, described.dtype, described.experts)
     model, digests = load_placed(
-        directory / "params", abstract, mesh, f"the weights of {directory}", dtype=param_dtype, hashed=verify
+        directory / "params",
+        abstract,
+        mesh,
+        f"the weights of {directory}",
+        wait=f"the weights of {what}",
+        dtype=param_dtype,
+        hashed=verify,
     )
     if verify:
         _check_digests(directory, digests, origin)

@@ -33,6 +33,7 @@ def place_arrays(
     wanted: Mapping[str, jax.ShapeDtypeStruct],
     what: str,
     *,
+    wait: str | None = None,
     dtype: Any = None,
     hashed: bool = True,
 ) -> tuple[dict[str, jax.Array], dict[str, str]]:
@@ -42,6 +43,7 @@ def place_arrays(
       tree: as arrays.tree_inside gives it.
       wanted: shape, stored dtype and sharding of each.
       what: they are, for messages.
+      wait: what the other processes call them, where `what` has a path; None: `what`.
       dtype: that floating-point arrays get; None: as stored.
       hashed: False gives no digests.
 
@@ -59,7 +61,7 @@ def place_arrays(
                 placed[name], found[name] = reading.place(pool), reading.digests
     except DamagedError as error:
         fault = str(error)
-    everything = _shared(fault, found, what)
+    everything = _shared(fault, found, what, wait or what)
     if not hashed:
         return placed, {}
     return placed, {
@@ -67,8 +69,11 @@ def place_arrays(
     }
 
 
-def digest_stored(tree: Path, names: Iterable[str], what: str) -> dict[str, str]:
+def digest_stored(tree: Path, names: Iterable[str], what: str, *, wait: str) -> dict[str, str]:
     """The digest of each array of an Orbax tree, read from the disk; each process hashes its share.
+
+    Args:
+      what, wait: as of `place_arrays`.
 
     Raises:
       DamagedError: in all processes, if one cannot read its part.
@@ -84,7 +89,7 @@ def digest_stored(tree: Path, names: Iterable[str], what: str) -> dict[str, str]
             }
     except DamagedError as error:
         fault = str(error)
-    everything = _shared(fault, found, what)
+    everything = _shared(fault, found, what, wait)
     return {
         name: _combined(name, one, [part[name] for part in everything], what) for name, one in stored.items()
     }
@@ -95,9 +100,9 @@ def _turn(number: int) -> bool:
     return number % jax.process_count() == jax.process_index()
 
 
-def _shared(fault: str | None, found: Any, what: str) -> list[Any]:
+def _shared(fault: str | None, found: Any, what: str, wait: str) -> list[Any]:
     """What every process found; DamagedError in all of them if there was a fault in one."""
-    everything = everyone(f"reading {what}", [fault, found])
+    everything = everyone(f"reading {wait}", [fault, found])
     if faults := [text for text, _ in everything if text is not None]:
         raise DamagedError(f"{what} cannot be read: {faults[0]}")
     return [one for _, one in everything]

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from jaxtax.doctor.finding import Finding, Machine, Wanted
+from jaxtax.doctor.finding import Finding, Machine, Wanted, counted
 from jaxtax.doctor.hosts import CROSS_CHECKS
 from jaxtax.doctor.machine import (
     check_coordinator,
@@ -85,16 +85,29 @@ def examine(machines: Sequence[Machine], wanted: Wanted) -> Report:
         rows += found or [Row(name, "", Finding("ok", _well(name, machines[0])))]
     for name, cross_check in CROSS_CHECKS.items():
         findings = list(cross_check(machines, wanted))
-        if len(machines) > 1 and not findings:
-            findings = [Finding("ok", f"{len(machines)} hosts")]
+        if len(machines) > 1 and not findings and _was_asked(name, machines):
+            findings = [Finding("ok", _number(machines))]
         rows += [Row(name, "", one) for one in findings]
     return Report(tuple(dict.fromkeys(rows)), tuple(machines))
+
+
+def _was_asked(name: str, machines: Sequence[Machine]) -> bool:
+    """Whether a check of all machines that found nothing had what it looks at."""
+    if name == "shared":
+        return all(machine.place is not None and machine.place.shared is not None for machine in machines)
+    return name in ("alike", "clocks")  # the others say themselves what is well
+
+
+def _number(machines: Sequence[Machine]) -> str:
+    hosts = counted(len({machine.host for machine in machines}), "host")
+    return hosts if hosts == counted(len(machines), "host") else f"{len(machines)} processes on {hosts}"
 
 
 def _well(name: str, machine: Machine) -> str:
     """What stands behind an "ok": what was looked at."""
     seen, place = machine.devices, machine.place
     packages = [f"{name} {machine.versions.get(name)}" for name in ("jax", "jaxlib", "flax")]
+    nowhere = "not looked at: see config" if machine.absent else "no config was given"
     return {
         "devices": f"{seen.count} x {seen.kind} ({seen.platform})",
         "versions": ", ".join(packages),
@@ -104,7 +117,7 @@ def _well(name: str, machine: Machine) -> str:
         "name": f"{machine.host} is {', '.join(machine.addresses)}",
         "coordinator": machine.coordinator or "a single process needs none",
         "slurm": "a step of a job" if "SLURM_STEP_ID" in machine.settings else "not in a job",
-        "out": "no config was given" if place is None else f"{place.path} can be written to",
+        "out": f"{place.path} can be written to" if place else nowhere,
     }[name]
 
 

@@ -24,12 +24,23 @@ class Finding:
 
 @dataclass(frozen=True)
 class Devices:
-    """What JAX sees in a process of its own: `count` devices on `platform`, or the `fault` that ended it."""
+    """What JAX sees in a process of its own: `count` devices on `platform`, or the `fault` that ended it.
+
+    Attributes:
+      unknown_flags: words of XLA_FLAGS over which XLA ends any process; all else is what JAX sees without
+        them.
+    """
 
     platform: str = ""
     kind: str = ""
     count: int = 0
     fault: str = ""
+    unknown_flags: str = ""
+
+    @property
+    def starts(self) -> bool:
+        """Whether JAX starts with the environment as it is."""
+        return not self.fault and not self.unknown_flags
 
 
 @dataclass(frozen=True)
@@ -61,13 +72,19 @@ class Wanted:
       devices: of each mesh, by its key in the config.
       disk: bytes; None: not known.
       disk_parts: what these are made of.
-      refused: what the config's verb itself says against it, a text for each fault.
+      refused: what the config's verb itself says against it, a text for each fault; what the config names
+        and a host lacks is with that (Machine.absent).
     """
 
     devices: Mapping[str, int] = field(default_factory=dict)
     disk: int | None = None
     disk_parts: str = ""
     refused: tuple[str, ...] = ()
+
+
+def counted(number: int, what: str) -> str:
+    """`number` things, such as "1 host" or "2 hosts"."""
+    return f"{number} {what}{'' if number == 1 else 's'}"
 
 
 @dataclass(frozen=True)
@@ -81,6 +98,8 @@ class Machine:
       coordinator: host:port where the processes meet; None for a single one.
       coordinator_fault: why that cannot be reached (or, on its own host, served).
       settings: environment variables that decide something; never a secret.
+      mistyped: a line for each variable that is named like one of jaxtax's, and is none.
+      absent: what the config's own check says against what the config names, such as files.
       unfit: what jaxtax itself says against how this process was started; empty: nothing.
       versions: of packages, by name.
       broken: demands of installed packages that are not met.
@@ -101,6 +120,8 @@ class Machine:
     coordinator: str | None = None
     coordinator_fault: str = ""
     settings: dict[str, str] = field(default_factory=dict)
+    mistyped: tuple[str, ...] = ()
+    absent: tuple[str, ...] = ()
     unfit: str = ""
     versions: dict[str, str] = field(default_factory=dict)
     broken: tuple[str, ...] = ()

@@ -5,7 +5,7 @@ Each check takes the machines in the order of their processes, and what the conf
 
 from collections.abc import Iterator, Sequence
 
-from jaxtax.doctor.finding import Finding, Machine, Wanted
+from jaxtax.doctor.finding import Finding, Machine, Wanted, counted
 from jaxtax.doctor.machine import CLOCK_FAIL, CLOCK_WARN
 from jaxtax.faults import first_faults
 from jaxtax.show import readable_bytes
@@ -50,20 +50,36 @@ def check_clocks(machines: Sequence[Machine], wanted: Wanted) -> Iterator[Findin
 
 def check_refused(machines: Sequence[Machine], wanted: Wanted) -> Iterator[Finding]:
     """What the config's verb would refuse."""
-    for text in wanted.refused:
+    refused = [*_absent(machines), *wanted.refused]
+    for text in refused:
         head, *details = text.splitlines()
         found, _, todo = head.rpartition("; ")
         told = first_faults([line.strip() for line in details], 6)
         more = f": {', '.join(told)}" if told else ""
         yield Finding("fail", (found or head) + more, todo.removesuffix(":") if found else "")
-    if wanted.devices and not wanted.refused:
-        yield Finding("ok", "out is free or holds this very run; the mesh divides model and batch")
+    if refused or not wanted.devices:
+        return
+    place, well = machines[0].place, []
+    if place is not None and not place.fault:
+        well.append("out is free or holds this very run")
+    if machines[0].devices.starts:
+        well.append("the mesh divides model and batch")
+    if well:
+        yield Finding("ok", "; ".join(well))
+
+
+def _absent(machines: Sequence[Machine]) -> Iterator[str]:
+    """What the config names and hosts lack, a text for each thing, with these hosts if others have it."""
+    for text in dict.fromkeys(text for machine in machines for text in machine.absent):
+        without = [machine.host for machine in machines if text in machine.absent]
+        everywhere = len(without) == len(machines)
+        yield text if everywhere else f"on {', '.join(dict.fromkeys(without))}: {text}"
 
 
 def check_devices_of_mesh(machines: Sequence[Machine], wanted: Wanted) -> Iterator[Finding]:
     """Whether each mesh of the config has its devices, and none of them is left over."""
-    have = 0
-    for host in {machine.host for machine in machines}:
+    have, hosts = 0, {machine.host for machine in machines}
+    for host in hosts:
         here = [machine for machine in machines if machine.host == host]
         seen = sum(machine.devices.count for machine in here)
         # Processes with all GPUs of their node in sight share them.
@@ -75,35 +91,39 @@ def check_devices_of_mesh(machines: Sequence[Machine], wanted: Wanted) -> Iterat
         if have < count:
             yield Finding(
                 "fail",
-                f"{key} of the config needs {count} devices; found {have} on {len(machines)} hosts",
+                f"{key} of the config needs {counted(count, 'device')}; found {have} on "
+                f"{counted(len(hosts), 'host')}",
                 "make the product of the mesh sizes smaller, or start more processes",
             )
         elif have > count and len(machines) > 1:
             yield Finding(
                 "fail",
-                f"{key} of the config is of {count} devices; the {len(machines)} processes have {have}, and "
-                "all have to be in it",
+                f"{key} of the config is of {counted(count, 'device')}; the {len(machines)} processes have "
+                f"{have}, and all have to be in it",
                 f"make the product of the mesh sizes {have}, {key}.fsdp first",
             )
         elif have > count:
             yield Finding(
                 "warn",
-                f"{have - count} of {have} devices stay idle: {key} of the config is of {count}",
+                f"{have - count} of {have} devices {'stays' if have - count == 1 else 'stay'} idle: {key} of "
+                f"the config is of {count}",
                 f"make the product of the mesh sizes {have}, {key}.fsdp first",
             )
         else:
-            yield Finding("ok", f"{key} of the config is of {count} devices, and there are {have}")
+            yield Finding("ok", f"{key} of the config is of {counted(count, 'device')}, as many as there are")
 
 
 def check_shared(machines: Sequence[Machine], wanted: Wanted) -> Iterator[Finding]:
     """Whether all hosts see what the first one writes into the directory of the run."""
-    blind = [machine.host for machine in machines if machine.place and machine.place.shared is False]
+    seeing = [(machine.host, machine.place.shared) for machine in machines if machine.place]
+    blind = list(dict.fromkeys(host for host, shared in seeing if shared is False))
     if blind:
         place = machines[0].place
         assert place is not None
         yield Finding(
             "fail",
-            f"out={place.path}: {', '.join(blind)} do not see what {machines[0].host} writes there",
+            f"out={place.path}: {', '.join(blind)} {'does' if len(blind) == 1 else 'do'} not see what "
+            f"{machines[0].host} writes there",
             "give an out=DIR on a file system that all hosts share",
         )
 

@@ -9,6 +9,8 @@ import subprocess
 import sys
 import time
 import uuid
+from collections.abc import Mapping
+from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 
@@ -16,6 +18,7 @@ from packaging.requirements import InvalidRequirement, Requirement
 
 from jaxtax.artifact import versions
 from jaxtax.doctor.finding import Devices, Machine, Place
+from jaxtax.hosts.variables import unknown_variables
 
 # Of these variables the values are told; of proxies only that they are there, for they may hold a password.
 _TOLD = re.compile(
@@ -43,6 +46,7 @@ def look(out: Path | None = None) -> Machine:
     return Machine(
         host=host,
         settings=settings(os.environ),
+        mistyped=tuple(unknown_variables(os.environ)),
         versions=release,
         broken=tuple(broken_demands()),
         devices=devices(),
@@ -65,9 +69,27 @@ def settings(environ: "os._Environ[str] | dict[str, str]") -> dict[str, str]:
 
 
 def devices(seconds: float = 300) -> Devices:
-    """What JAX sees, asked in a process of its own: an unknown XLA flag would end this one."""
+    """What JAX sees, asked in a process of its own: an unknown XLA flag would end this one.
+
+    Where it ends that one it is asked again without the flag, so that what else is wrong shows too.
+
+    Args:
+      seconds: for an answer.
+    """
     # Without this, the question itself would take three quarters of each GPU's memory.
     environ = os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+    seen = _asked(environ, seconds)
+    if unknown := seen.unknown_flags:
+        known = [word for word in environ["XLA_FLAGS"].split() if word not in unknown.split()]
+        seen = _asked(environ | {"XLA_FLAGS": " ".join(known)}, seconds)
+        return replace(seen, unknown_flags=unknown)
+    if "JAX_PLATFORMS" in seen.fault and environ.get("XLA_FLAGS"):
+        # JAX looks for the platform first, and came no further.
+        return replace(seen, unknown_flags=_asked(environ | {"JAX_PLATFORMS": "cpu"}, seconds).unknown_flags)
+    return seen
+
+
+def _asked(environ: Mapping[str, str], seconds: float) -> Devices:
     try:
         asked = subprocess.run(
             [sys.executable, "-c", PROBE],
@@ -79,7 +101,8 @@ def devices(seconds: float = 300) -> Devices:
         return Devices(*json.loads(asked.stdout.splitlines()[-1]))
     unknown = re.search(r"Unknown flags? in XLA_FLAGS: (.*)", asked.stderr)
     if unknown:
-        return Devices(fault=f"unknown in XLA_FLAGS: {unknown[1].strip()}")
+        flags = unknown[1].strip()
+        return Devices(fault=f"unknown in XLA_FLAGS: {flags}", unknown_flags=flags)
     said = [line for line in asked.stderr.splitlines() if line.strip()]
     last = said[-1] if said else f"the process ended with {asked.returncode}"
     if (platforms := environ.get("JAX_PLATFORMS")) and last == "AssertionError":  # JAX says no more than this

@@ -5,7 +5,7 @@ Each check takes a Machine and returns its findings; none means that there is no
 
 from collections.abc import Iterator
 
-from jaxtax.doctor.finding import Finding, Machine
+from jaxtax.doctor.finding import Finding, Machine, counted
 from jaxtax.doctor.meeting import ELSEWHERE, TAKEN, UNKNOWN_NAME
 from jaxtax.hosts.detect import Peers
 from jaxtax.hosts.start import is_loopback, unreachable
@@ -29,7 +29,7 @@ def check_devices(machine: Machine) -> Iterator[Finding]:
         asked = machine.settings.get("JAX_PLATFORMS", "")
         yield Finding(
             "warn" if asked else "fail",
-            f"the machine has {machine.accelerators} accelerators, and JAX sees none"
+            f"the machine has {counted(machine.accelerators, 'accelerator')}, and JAX sees none"
             + (f" (JAX_PLATFORMS={asked})" if asked else ""),
             "unset JAX_PLATFORMS" if asked else _INSTALL,
         )
@@ -37,7 +37,7 @@ def check_devices(machine: Machine) -> Iterator[Finding]:
         limit = machine.settings.get("CUDA_VISIBLE_DEVICES")
         yield Finding(
             "fail",
-            f"JAX sees {seen.count} of {machine.accelerators} accelerators"
+            f"JAX sees {seen.count} of {counted(machine.accelerators, 'accelerator')}"
             + (f" (CUDA_VISIBLE_DEVICES={limit})" if limit else ""),
             "unset CUDA_VISIBLE_DEVICES, or look at nvidia-smi for the missing ones",
         )

@@ -1,11 +1,12 @@
 """What the verb of a config refuses, asked of the very functions that it asks before it begins."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
 from jaxtax.checkpoint.model_directory import read_description
 from jaxtax.config import EvalConfig, Stage, StudyConfig, TrainConfig
+from jaxtax.doctor.absent import lacks_model, lacks_out
 from jaxtax.doctor.finding import Machine
 from jaxtax.doctor.size import model_of
 from jaxtax.evals.directory import check_directory as check_evaluation
@@ -15,15 +16,21 @@ from jaxtax.study_check import check_place as check_study
 from jaxtax.train.record import check_directory as check_run
 
 
-def refusals(cfg: TrainConfig | StudyConfig | EvalConfig, machine: Machine) -> Iterator[str]:
+def refusals(
+    cfg: TrainConfig | StudyConfig | EvalConfig, machine: Machine, told: Sequence[str] = ()
+) -> Iterator[str]:
     """A text for each fault; below one that has details, these in lines of their own.
 
     Args:
       machine: that `cfg.out` is on; where JAX does not start, no model is looked at.
+      told: what the config's own check says is not there, and so is not looked at.
     """
-    if machine.place is None or not machine.place.fault:
+    no_out, no_model = lacks_out(cfg, told), lacks_model(cfg, told)
+    # An evaluation's directory is compared with its model.
+    no_out |= no_model and isinstance(cfg, EvalConfig)
+    if not no_out and (machine.place is None or not machine.place.fault):
         yield from _faults(lambda: _check_out(cfg))
-    if machine.devices.fault:
+    if no_model or not machine.devices.starts:
         return
     for fault in _faults(lambda: all_of(*_mesh_checks(cfg))):
         yield from fault.splitlines()
@@ -32,7 +39,7 @@ def refusals(cfg: TrainConfig | StudyConfig | EvalConfig, machine: Machine) -> I
 def _faults(check: Callable[[], Any]) -> Iterator[str]:
     try:
         check()
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         yield str(error)
 
 

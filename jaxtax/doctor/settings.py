@@ -72,11 +72,11 @@ def _no_fraction(value: str, machine: Machine) -> bool:
 
 
 RULES = (
-    Rule("NCCL_SOCKET_IFNAME", _no_such_interface, "fail", "no network device here is called so",
+    Rule("NCCL_SOCKET_IFNAME", _no_such_interface, "fail", "no network device here has that name",
          "name one of `ip -br link`, or unset it"),
     Rule("NCCL_SOCKET_IFNAME", _only_this_machine, "fail", "that device does not lead to other machines",
          "name the device of the cluster's network, or unset it"),
-    Rule("NCCL_IB_HCA", _no_such_adapter, "fail", "no InfiniBand adapter here is called so",
+    Rule("NCCL_IB_HCA", _no_such_adapter, "fail", "no InfiniBand adapter here has that name",
          "name one of /sys/class/infiniband, or unset it"),
     Rule("NCCL_COMM_ID", _always, "fail", "all communicators would meet at one address, and wait forever",
          "unset it"),
@@ -100,11 +100,15 @@ RULES = (
 
 
 def check_variables(machine: Machine) -> Iterator[Finding]:
-    """NCCL, CUDA and memory variables that are wrong or dangerous; RULES lists them."""
+    """NCCL, CUDA and memory variables that are wrong or dangerous, as RULES lists them; mistyped ones of
+    jaxtax."""
     for rule in RULES:
         value = machine.settings.get(rule.name)
         if value is not None and rule.applies(value, machine):
             yield Finding(rule.verdict, f"{rule.name}={value}: {rule.why}", rule.todo)
+    for line in machine.mistyped:
+        found, _, todo = line.partition("; ")
+        yield Finding("warn", found, todo)
 
 
 # Options of XLA_FLAGS that parse and then do harm: pattern, verdict, why.
@@ -118,7 +122,7 @@ XLA_HARM: tuple[tuple[str, Verdict, str], ...] = (
 
 
 def check_xla_flags(machine: Machine) -> Iterator[Finding]:
-    """Options in XLA_FLAGS that do harm; unknown ones, which abort the process, show with the devices."""
+    """Options in XLA_FLAGS that do harm, and unknown ones, over which XLA ends the process."""
     flags = machine.settings.get("XLA_FLAGS", "")
     for pattern, verdict, why in XLA_HARM:
         for match in re.finditer(pattern, flags):
@@ -127,6 +131,13 @@ def check_xla_flags(machine: Machine) -> Iterator[Finding]:
         if word.startswith("--xla_tpu_"):
             yield Finding(
                 "fail", f"XLA_FLAGS has {word}, which only libtpu knows", "move it to LIBTPU_INIT_ARGS"
+            )
+    for word in machine.devices.unknown_flags.split():
+        if not word.startswith("--xla_tpu_"):
+            yield Finding(
+                "fail",
+                f"XLA_FLAGS has {word}, which this version of XLA does not know: JAX does not start with it",
+                "take it out of XLA_FLAGS",
             )
 
 

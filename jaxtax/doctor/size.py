@@ -15,12 +15,14 @@ from jaxtax.artifact import ORIGIN
 from jaxtax.chat.tokenizer import load_tokenizer
 from jaxtax.chat.vocabulary import build_world_tokenizer
 from jaxtax.checkpoint import read_model_config
+from jaxtax.checkpoint.model_directory import read_description
 from jaxtax.checkpoint.room import with_margin
 from jaxtax.config import EvalConfig, Stage, StudyConfig, TrainConfig
 from jaxtax.config_blocks import MeshSizes
 from jaxtax.data import world
-from jaxtax.doctor.finding import Wanted
+from jaxtax.doctor.finding import Wanted, counted
 from jaxtax.model.config import ModelConfig, named_size
+from jaxtax.model.mlp import ExpertsForm
 from jaxtax.model.transformer import Transformer
 from jaxtax.sharding import MESH_AXES
 from jaxtax.show import readable_bytes
@@ -48,16 +50,21 @@ class _Run:
         return self.states * self.state + with_margin(max(self.state, self.model))
 
 
+def devices_of(cfg: TrainConfig | StudyConfig | EvalConfig) -> dict[str, int]:
+    """Devices of each mesh, by its key in the config."""
+    meshes: dict[str, MeshSizes] = {"mesh": cfg.mesh}
+    if isinstance(cfg, StudyConfig):
+        meshes["evaluation.mesh"] = cfg.evaluation.mesh
+    return {key: math.prod(getattr(mesh, axis) for axis in MESH_AXES) for key, mesh in meshes.items()}
+
+
 def wanted_by(cfg: TrainConfig | StudyConfig | EvalConfig) -> Wanted:
     """Devices of the meshes, and bytes that have to be free: of what is there nothing is written again.
 
     Raises:
-      ValueError: no such model size, or the tokenizer cannot be read.
+      ValueError: no such model size, or the model or the tokenizer cannot be read.
     """
-    meshes: dict[str, MeshSizes] = {"mesh": cfg.mesh}
-    if isinstance(cfg, StudyConfig):
-        meshes["evaluation.mesh"] = cfg.evaluation.mesh
-    devices = {key: math.prod(getattr(mesh, axis) for axis in MESH_AXES) for key, mesh in meshes.items()}
+    devices = devices_of(cfg)
     if isinstance(cfg, EvalConfig):
         return Wanted(devices)  # what it writes is text
     runs = [run for run in _runs(cfg) if run is not None]
@@ -68,8 +75,8 @@ def wanted_by(cfg: TrainConfig | StudyConfig | EvalConfig) -> Wanted:
         disk = models * size + widest.while_it_runs
         largest = with_margin(max(widest.state, widest.model))
         parts = (
-            f"{widest.states} states of {readable_bytes(widest.state)}, "
-            f"{models} models of {readable_bytes(size)}, "
+            f"{counted(widest.states, 'state')} of {readable_bytes(widest.state)}, "
+            f"{counted(models, 'model')} of {readable_bytes(size)}, "
             f"{readable_bytes(largest)} to write the next beside them"
         )
     return Wanted(devices, disk, parts)
@@ -78,7 +85,7 @@ def wanted_by(cfg: TrainConfig | StudyConfig | EvalConfig) -> Wanted:
 def _runs(cfg: TrainConfig | StudyConfig) -> Iterator[_Run | None]:
     """The training runs of a config; None for one that is finished."""
     if isinstance(cfg, TrainConfig):
-        yield _run(cfg, model_of(cfg), cfg.out, keep_epochs=cfg.keep_epochs)
+        yield _run(cfg, model_of(cfg), cfg.out, keep_epochs=cfg.keep_epochs, experts=_experts(cfg))
         return
     model_cfg = model_of(cfg)
     for seed in range(cfg.seed, cfg.seed + cfg.seeds):
@@ -89,11 +96,22 @@ def _runs(cfg: TrainConfig | StudyConfig) -> Iterator[_Run | None]:
             yield _run(stage, model_cfg, home / "arms" / name, keep_epochs=True)
 
 
-def _run(stage: Stage, model_cfg: ModelConfig, out: Path, *, keep_epochs: bool) -> _Run | None:
+def _experts(cfg: TrainConfig) -> ExpertsForm:
+    """How the run holds experts, and saves them: in 4 bits if they come so and are not trained."""
+    if cfg.model.path is None or "experts" not in cfg.freeze:
+        return "plain"
+    return read_description(cfg.model.path).experts
+
+
+def _run(
+    stage: Stage, model_cfg: ModelConfig, out: Path, *, keep_epochs: bool, experts: ExpertsForm = "plain"
+) -> _Run | None:
     if (out / ORIGIN).exists():
         return None
     dtype = jnp.dtype(stage.precision.params)
-    model = jax.eval_shape(lambda: Transformer(model_cfg, rngs=nnx.Rngs(0), param_dtype=dtype))
+    model = jax.eval_shape(
+        lambda: Transformer(model_cfg, rngs=nnx.Rngs(0), param_dtype=dtype, experts=experts)
+    )
     _, params, _ = split(model, stage.freeze)
     kept = form(stage.optimizer, stage.precision)
     state = _bytes(jax.eval_shape(functools.partial(initial_state, form=kept), params))
@@ -114,9 +132,7 @@ def model_of(cfg: TrainConfig | StudyConfig) -> ModelConfig:
     if cfg.model.path is not None:
         return read_model_config(cfg.model.path)
     assert cfg.model.size is not None
-    if cfg.model.tokenizer is None:
-        raise ValueError("model.tokenizer: missing; a new model needs a directory with a tokenizer.json")
-    vocab_size = load_tokenizer(cfg.model.tokenizer).vocab_size
+    vocab_size = load_tokenizer(cfg.model.tokenizer_directory).vocab_size
     return named_size(cfg.model.size, vocab_size=vocab_size, window=cfg.model.window)
 
 

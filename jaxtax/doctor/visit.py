@@ -3,6 +3,7 @@
 import contextlib
 import time
 import uuid
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 from jaxtax.config import EvalConfig, StudyConfig, TrainConfig
 from jaxtax.config_blocks import Hosts
 from jaxtax.doctor import Report, as_table, examine
+from jaxtax.doctor.absent import lacks_model, lacks_out
 from jaxtax.doctor.finding import Devices, Machine, Place, Wanted
 from jaxtax.doctor.look import existing, look
 from jaxtax.doctor.meeting import with_peers
@@ -18,6 +20,8 @@ from jaxtax.hosts.leave import exits_hard
 from jaxtax.hosts.start import start
 from jaxtax.hosts.wait import PeerMissing, barrier, share
 
+# What JSON gives as lists.
+_TUPLES = ("mistyped", "absent", "broken", "addresses", "interfaces", "infiniband")
 _SECONDS = 60.0  # for the slowest host: to come, and then for each thing that all do
 
 
@@ -40,33 +44,33 @@ class Here:
         return machine.processes > 1 and not machine.unfit and not machine.coordinator_fault
 
 
-def visit(cfg: Any) -> Here:
-    """Looks at this machine for a run of `cfg` (of any verb; None: for no run in particular).
+def visit(cfg: TrainConfig | StudyConfig | EvalConfig | None, told: Sequence[str] = ()) -> Here:
+    """Looks at this machine for a run of `cfg` (None: for no run in particular).
 
     Args:
-      cfg: a checked config.
+      cfg: checked, but for what it names.
+      told: what its check says against that; all else is looked at.
     """
-    machine = look(None if cfg is None else cfg.out)
-    wanted = Wanted()
-    if isinstance(cfg, TrainConfig | StudyConfig | EvalConfig):
-        wanted = _wanted(cfg, machine)
-    return Here(with_peers(machine), wanted)
+    if cfg is None:
+        return Here(with_peers(look(None)), Wanted())
+    machine = replace(look(None if lacks_out(cfg, told) else cfg.out), absent=tuple(told))
+    return Here(with_peers(machine), _wanted(cfg, machine))
 
 
 def _wanted(cfg: TrainConfig | StudyConfig | EvalConfig, machine: Machine) -> Wanted:
     from jaxtax.doctor.refusals import refusals
-    from jaxtax.doctor.size import wanted_by
+    from jaxtax.doctor.size import devices_of, wanted_by
 
-    wanted, refused = Wanted(), list(refusals(cfg, machine))
-    if not machine.devices.fault:
+    wanted, refused = Wanted(devices_of(cfg)), list(refusals(cfg, machine, machine.absent))
+    if machine.devices.starts and not lacks_model(cfg, machine.absent):
         try:
             wanted = wanted_by(cfg)
-        except ValueError as error:
+        except (ValueError, OSError) as error:
             refused += str(error).splitlines()
     return replace(wanted, refused=tuple(dict.fromkeys(refused)))
 
 
-def meet(here: Here, settings: Hosts | None = None) -> tuple[Report, bool]:
+def meet(here: Here, say: Callable[[Report], None], settings: Hosts | None = None) -> Report:
     """Meets the other processes of this allocation, and examines all their machines.
 
     Whatever is wrong with one of them, the others get their answer within about a minute for each step of the
@@ -74,15 +78,18 @@ def meet(here: Here, settings: Hosts | None = None) -> tuple[Report, bool]:
 
     Args:
       here: what this process found; all processes call this, whatever it was.
+      say: gets what was found, in the one process that speaks for all, before any of them ends.
       settings: the block `hosts` of a config; JAXTAX_INIT_SECONDS says otherwise how long to wait for all.
 
     Returns:
-      What was found, the same in all processes, and whether this one speaks for all.
+      What was found, the same in all processes.
     """
     try:
         start(_patience(settings))
     except ValueError as error:
-        return examine([replace(here.machine, unfit=str(error))], here.wanted), True
+        report = examine([replace(here.machine, unfit=str(error))], here.wanted)
+        say(report)
+        return report
     with exits_hard():
         try:
             report = examine(_all_machines(here.machine), here.wanted)
@@ -90,8 +97,10 @@ def meet(here: Here, settings: Hosts | None = None) -> tuple[Report, bool]:
             print(as_table(examine([replace(here.machine, unfit=str(error))], here.wanted)))
             # Ends all at once; to part in peace would mean to wait for that process again.
             raise SystemExit(1) from None
-        speaks = store.index() == 0
-    return report, speaks
+        # Within: once a process has ended because of a fault, its launcher may end the others.
+        if store.index() == 0:
+            say(report)
+    return report
 
 
 def _patience(settings: Hosts | None) -> Hosts:
@@ -158,6 +167,6 @@ def _machine(told: dict[str, Any]) -> Machine:
     blocks = {
         "devices": Devices(**told["devices"]),
         "place": None if place is None else Place(**place),
-        **{name: tuple(told[name]) for name in ("broken", "addresses", "interfaces", "infiniband")},
+        **{name: tuple(told[name]) for name in _TUPLES},
     }
     return Machine(**(told | blocks))

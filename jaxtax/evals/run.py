@@ -49,6 +49,7 @@ Job = tuple[Problem, int]  # a problem and the number of its repeat
 
 # Seconds that the other processes wait: for a batch of replies, what it compiles included, and for verdicts.
 _BATCH = 3600.0
+_TOKEN = 1.0  # more for each token of the longest reply: what ran out of time would do so again, for ever
 _JUDGING = 3600.0
 
 
@@ -145,7 +146,7 @@ def write_replies(
     for problem, _ in jobs:
         lengths[problem.task] = max(lengths.get(problem.task, 1), len(fmt.prompt(problem.turns)))
     progress = progress or quiet("replies")
-    with progress.stage("replies", total=len(jobs), done=done) as bar, _watched() as beat:
+    with progress.stage("replies", total=len(jobs), done=done) as bar, _watched(cfg) as beat:
         started, tokens = time.monotonic(), 0
         for start in range(done, len(jobs), batch):
             part = jobs[start : start + batch]
@@ -168,13 +169,14 @@ def _keep_batches(path: Path, jobs: Sequence[Job], batch: int) -> int:
 
 
 @contextmanager
-def _watched() -> Iterator[Callable[[], None]]:
+def _watched(cfg: EvalConfig) -> Iterator[Callable[[], None]]:
     """Of several processes, ends all when one stands still in a batch; gives what says that one is done."""
     if not connected():
         yield lambda: None
         return
     with Watchdog() as watchdog:
-        watchdog.enter("a batch of replies", _BATCH)
+        what = "a batch of replies; if it was only slow, give a smaller sampling.batch"
+        watchdog.enter(what, _BATCH + _TOKEN * cfg.sampling.max_new_tokens)
         yield watchdog.beat
 
 

@@ -3,6 +3,8 @@
 limits.py     how long they wait for each other
 start.py      find the peers that a launcher started, and connect to them
 detect.py     what each launcher says about the peers
+addresses.py  hosts and ports, and whether a host is this machine
+variables.py  all variables of ours, so that a mistyped one is noticed
 tls.py        certificates for the coordinator
 roll_call.py  all peers are there, once each, and agree, before JAX connects them
 introduce.py  what each says of itself there, and whether it fits together

@@ -16,6 +16,8 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from jaxtax.hosts.addresses import PORTS, host_port, is_port
+
 Env = Mapping[str, str]
 
 _PORT = 8476  # where nothing tells another: the one that JAX's documentation has
@@ -67,11 +69,11 @@ def detect(env: Env) -> Peers:
             )
         if peers is not None and not faults and peers.count > 1 and peers.coordinator is None:
             faults.append(
-                f"{peers.where} starts {peers.count} processes and does not say where they meet; "
+                f"{peers.count} processes ({peers.where}), and nothing says where they meet; "
                 "export JAXTAX_COORDINATOR=HOST_OF_PROCESS_0:PORT for all of them"
             )
         if faults:
-            raise ValueError("\n".join(faults))
+            raise ValueError("\n".join(dict.fromkeys(faults)))
         if peers is not None:
             return peers
     return ALONE
@@ -86,24 +88,52 @@ def _number(env: Env, name: str, faults: list[str]) -> int:
     return 0
 
 
-def _coordinator(env: Env) -> str | None:
-    """Where the user says that the processes meet."""
-    for name in ("JAXTAX_COORDINATOR", "JAX_COORDINATOR_ADDRESS", "JAX_COORDINATOR_IP", "MASTER_ADDR"):
-        if host := env.get(name):
-            return host if re.search(r"(^[^:]*|\]):\d+$", host) else _with_port(env, host, _PORT)
-    return None
+def _count(env: Env, name: str, faults: list[str]) -> int:
+    """A variable that says how many there are; 0, and a fault, if it cannot be that."""
+    found = _number(env, name, faults)
+    if found == 0 and env.get(name, "").isdecimal():
+        faults.append(f"{name}={env[name]}; expected at least 1")
+    return found
 
 
-def _with_port(env: Env, host: str, port: int) -> str:
+_HOSTS = ("JAXTAX_COORDINATOR", "JAX_COORDINATOR_ADDRESS", "JAX_COORDINATOR_IP", "MASTER_ADDR")
+_PORTS = ("JAXTAX_COORDINATOR_PORT", "JAX_COORDINATOR_PORT", "MASTER_PORT")
+
+
+def _first(env: Env, names: tuple[str, ...]) -> str | None:
+    """The first of these variables that says something."""
+    return next((name for name in names if env.get(name)), None)
+
+
+def _coordinator(env: Env, faults: list[str]) -> str | None:
+    """Where the user says that the processes meet; None, and a fault, where nobody can."""
+    if (name := _first(env, _HOSTS)) is None:
+        return None
+    try:
+        host, port = host_port(env[name])
+    except ValueError as error:
+        faults.append(f"{name}={env[name]!r}; {error}")
+        return None
+    return _with_port(env, host, _PORT, faults) if port is None else _joined(host, port)
+
+
+def _with_port(env: Env, host: str, port: int, faults: list[str]) -> str:
     """`host` at the user's port, or else at `port`."""
-    names = ("JAXTAX_COORDINATOR_PORT", "JAX_COORDINATOR_PORT", "MASTER_PORT")
-    chosen = next((env[name] for name in names if env.get(name)), port)
-    return f"[{host}]:{chosen}" if ":" in host and not host.startswith("[") else f"{host}:{chosen}"
+    name = _first(env, _PORTS)
+    if name is not None and not is_port(env[name]):
+        faults.append(f"{name}={env[name]!r}; expected {PORTS}")
+    return _joined(host, port if name is None else env[name])
 
 
-def _meeting(env: Env, host: str, port: int) -> str | None:
+def _joined(host: str, port: int | str) -> str:
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def _meeting(env: Env, host: str, port: int, faults: list[str]) -> str | None:
     """The user's coordinator, or else the launcher's `host`, if it names one."""
-    return _coordinator(env) or (_with_port(env, host, port) if host else None)
+    if _first(env, _HOSTS) is None and host:
+        return _with_port(env, host, port, faults)
+    return _coordinator(env, faults)
 
 
 def _explicit(env: Env, faults: list[str]) -> Peers | None:
@@ -120,16 +150,17 @@ def _explicit(env: Env, faults: list[str]) -> Peers | None:
         return Peers(0, 1, None, names[0])
     if any(name not in env for name in names):
         faults.append(_incomplete(env, *names))
-    count, index = (_number(env, name, faults) if name in env else 0 for name in names)
+    count = _count(env, names[0], faults) if names[0] in env else 0
+    index = _number(env, names[1], faults) if names[1] in env else 0
     nodes = int(env["NNODES"]) if re.fullmatch(r"\d+", env.get("NNODES", "")) else None
-    return Peers(index, count, _coordinator(env), " and ".join(names), nodes=nodes)
+    return Peers(index, count, _coordinator(env, faults), " and ".join(names), nodes=nodes)
 
 
 def _incomplete(env: Env, count: str, index: str) -> str:
     """The fault of an environment that tells some of the three and not all."""
     there = [name for name in (count, index, "JAXTAX_COORDINATOR") if name in env]
     absent = [name for name in (count, index) if name not in env]
-    if _coordinator(env) is None:
+    if _first(env, _HOSTS) is None:
         absent.append("JAXTAX_COORDINATOR")
 
     def listed(names: list[str]) -> str:
@@ -145,21 +176,18 @@ def _incomplete(env: Env, count: str, index: str) -> str:
 def _open_mpi(env: Env, faults: list[str]) -> Peers | None:
     if "OMPI_COMM_WORLD_SIZE" not in env:
         return None
-    count, index, local, local_count = (
-        _number(env, f"OMPI_COMM_WORLD_{name}", faults)
-        for name in ("SIZE", "RANK", "LOCAL_RANK", "LOCAL_SIZE")
-    )
+    count, local_count = (_count(env, f"OMPI_COMM_WORLD_{name}", faults) for name in ("SIZE", "LOCAL_SIZE"))
+    index, local = (_number(env, f"OMPI_COMM_WORLD_{name}", faults) for name in ("RANK", "LOCAL_RANK"))
     if count == 1:
         return Peers(0, 1, None, "Open MPI")
     # 1531576320.0;tcp://10.96.0.1,10.148.0.1:34911 or ...;tcp6://[fe80::1,2620:10d::2]:43370
     uri = env.get("OMPI_MCA_orte_hnp_uri", "")
     first = re.match(r"(\d+)\.\d+;tcp6?://\[?([^,\]]+?)(?:[,\]]|:\d+$)", uri)
-    coordinator = _coordinator(env)
+    host, port = "127.0.0.1" if local_count == count else "", _PORT
     if first is not None:
         low, many = _JOB_PORTS
-        coordinator = _meeting(env, first[2], low + int(first[1]) // many % many)
-    elif coordinator is None and local_count == count:
-        coordinator = _with_port(env, "127.0.0.1", _PORT)
+        host, port = first[2], low + int(first[1]) // many % many
+    coordinator = _meeting(env, host, port, faults)
     nodes = -(-count // local_count) if local_count else None
     return Peers(index, count, coordinator, "Open MPI", nodes, local, local_count)
 
@@ -169,12 +197,13 @@ def _skypilot(env: Env, faults: list[str]) -> Peers | None:
         return None
     hosts = env["SKYPILOT_NODE_IPS"].split()
     index = _number(env, "SKYPILOT_NODE_RANK", faults)
-    count = _number(env, "SKYPILOT_NUM_NODES", faults) if "SKYPILOT_NUM_NODES" in env else len(hosts)
+    count = _count(env, "SKYPILOT_NUM_NODES", faults) if "SKYPILOT_NUM_NODES" in env else len(hosts)
     if len(hosts) != count:
         faults.append(f"SKYPILOT_NODE_IPS has {len(hosts)} addresses, SKYPILOT_NUM_NODES={count}")
     if count == 1:
         return Peers(0, 1, None, "SkyPilot")
-    return Peers(index, count, _meeting(env, hosts[0] if hosts else "", _PORT), "SkyPilot", nodes=count)
+    coordinator = _meeting(env, hosts[0] if hosts else "", _PORT, faults)
+    return Peers(index, count, coordinator, "SkyPilot", nodes=count)
 
 
 def _slurm(env: Env, faults: list[str]) -> Peers | None:
@@ -188,17 +217,20 @@ def _slurm(env: Env, faults: list[str]) -> Peers | None:
             )
         return ALONE if faults else None
     tasks = "SLURM_STEP_NUM_TASKS" if "SLURM_STEP_NUM_TASKS" in env else "SLURM_NTASKS"
-    count, index, local, job = (
-        _number(env, name, faults) for name in (tasks, "SLURM_PROCID", "SLURM_LOCALID", "SLURM_JOB_ID")
+    count = _count(env, tasks, faults)
+    index, local, job = (
+        _number(env, name, faults) for name in ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_JOB_ID")
     )
     if count == 1:
         return Peers(0, 1, None, "Slurm")
     low, many = _JOB_PORTS
     # Two steps of one job may share a node.
-    step = int(env["SLURM_STEP_ID"]) if env["SLURM_STEP_ID"].isdigit() else 0
-    coordinator = _meeting(env, first_host(env["SLURM_STEP_NODELIST"]), low + (job + 101 * step) % many)
-    nodes = int(env.get("SLURM_STEP_NUM_NODES") or env.get("SLURM_NNODES") or 1)
-    node = int(env.get("SLURM_NODEID") or 0)
+    step = int(env["SLURM_STEP_ID"]) if env["SLURM_STEP_ID"].isdecimal() else 0
+    port = low + (job + 101 * step) % many
+    coordinator = _meeting(env, first_host(env["SLURM_STEP_NODELIST"]), port, faults)
+    named = _first(env, ("SLURM_STEP_NUM_NODES", "SLURM_NNODES"))
+    nodes = 1 if named is None else _count(env, named, faults)
+    node = _number(env, "SLURM_NODEID", faults) if env.get("SLURM_NODEID") else 0
     per_node = tasks_per_node(env.get("SLURM_STEP_TASKS_PER_NODE") or env.get("SLURM_TASKS_PER_NODE") or "")
     local_count = per_node[node] if node < len(per_node) else None
     return Peers(index, count, coordinator, "Slurm", nodes, local, local_count)
@@ -223,7 +255,7 @@ def _tpu(env: Env, faults: list[str]) -> Peers | None:
         h for h in (env.get("TPU_WORKER_HOSTNAMES") or env.get("TPU_PROCESS_ADDRESSES") or "").split(",") if h
     ]
     worker = _number(env, "TPU_WORKER_ID", faults)
-    slices = _number(env, "MEGASCALE_NUM_SLICES", faults) if env.get("MEGASCALE_NUM_SLICES") else 1
+    slices = _count(env, "MEGASCALE_NUM_SLICES", faults) if env.get("MEGASCALE_NUM_SLICES") else 1
     nth = _number(env, "MEGASCALE_SLICE_ID", faults) if slices > 1 else 0
     count = max(1, len(hosts)) * slices
     if count == 1:
@@ -232,7 +264,7 @@ def _tpu(env: Env, faults: list[str]) -> Peers | None:
     if not hosts:
         faults.append("TPU_WORKER_HOSTNAMES is not set; it names the hosts of the slice, with commas between")
     index = nth * len(hosts) + worker
-    return Peers(index, count, _meeting(env, meet.split(":")[0], _PORT), "TPU", nodes=count)
+    return Peers(index, count, _meeting(env, meet.split(":")[0], _PORT, faults), "TPU", nodes=count)
 
 
 def _kubernetes(env: Env, faults: list[str]) -> Peers | None:

@@ -10,7 +10,7 @@ from jaxtax.hosts.wait import share
 
 T = TypeVar("T")
 
-_SHOWS = 75.0  # seconds within which a network disk shows what another machine wrote: NFS may take 60
+SHOWS = 75.0  # seconds within which a network disk shows what another machine wrote: NFS may take 60
 
 
 def first_does(name: str, action: Callable[[], T], *, seconds: float = 600) -> T:
@@ -48,7 +48,7 @@ def await_seen(path: Path) -> None:
     Raises:
       ValueError: it does not, on a disk that not all machines share.
     """
-    end = time.monotonic() + _SHOWS
+    end = time.monotonic() + SHOWS
     while store.connected() and not path.exists():
         if time.monotonic() >= end:
             raise ValueError(

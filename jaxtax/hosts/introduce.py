@@ -71,6 +71,6 @@ def disagreements(present: Sequence[Mapping[str, Any]]) -> list[str]:
         if len(same) > 1:
             faults.append(
                 f"{len(same)} processes have number {index}: {' and '.join(same)}; give each its own, from 0 "
-                f"to {first['count'] - 1} (JAXTAX_PROCESS_ID, or what {first['where']} reads)"
+                f"to {first['count'] - 1} (JAXTAX_PROCESS_ID; their numbers come from {first['where']})"
             )
     return faults

@@ -82,22 +82,27 @@ class News:
 
     def _agree(self) -> None:
         with self._lock:
-            store.put(f"stop_at/{store.index()}", str(self._steps))
+            mine, is_told = str(self._steps), False
             say = time.monotonic() + _PATIENCE
             # Until all have said it: one that gave up and went on would make what it said wrong. Whoever does
-            # not say it is dead, which ends the run by the heartbeats, or stands still: by the watchdog.
+            # not say it is dead, which ends the run by the heartbeats, or stands still: by the watchdog. So
+            # not even a link that fails for a moment is a reason to let go of the lock.
             while not self._end.is_set():
-                told = store.under("stop_at")
-                if len(told) == store.count():
-                    self._stop_at = max(map(int, told.values())) + 1
-                    return
-                if gone := store.get("news/gone"):
-                    self._follow(json.loads(gone))
+                told: dict[str, str] = {}
+                with contextlib.suppress(RuntimeError):
+                    if not is_told:
+                        store.put(f"stop_at/{store.index()}", mine)
+                        is_told = True
+                    told = store.under("stop_at")
+                    if len(told) == store.count():
+                        self._stop_at = max(map(int, told.values())) + 1
+                        return
+                    if gone := store.get("news/gone"):
+                        self._follow(json.loads(gone))
                 if time.monotonic() > say:
                     say += _PATIENCE
-                    _log.warning(
-                        "asked to stop; only processes %s say where they are", ", ".join(sorted(told))
-                    )
+                    who = ", ".join(sorted(told)) or "none"
+                    _log.warning("asked to stop; of the processes only these say where they are: %s", who)
                 time.sleep(0.02)
 
     def _follow(self, gone: dict) -> None:

@@ -9,7 +9,6 @@ A peer that ends before all have come closes its connection with that: it is mis
 when its launcher starts it again. One that was asked to leave says so, in another line, and all leave.
 """
 
-import ipaddress
 import json
 import logging
 import os
@@ -21,6 +20,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from jaxtax.hosts import news
+from jaxtax.hosts.addresses import is_elsewhere, is_loopback
 from jaxtax.hosts.detect import Peers
 from jaxtax.hosts.introduce import disagreements, in_words, introduction, is_introduction
 from jaxtax.hosts.leave import StoppedError
@@ -49,16 +49,6 @@ def roll_call(peers: Peers, seconds: float) -> None:
         _call(me, peers, int(port), seconds)
     else:
         _answer(me, peers, host.strip("[]"), int(port), seconds)
-
-
-def is_loopback(host: str) -> bool:
-    """Whether a name or address is each machine's own."""
-    if host in ("localhost", "localhost.localdomain", "ip6-localhost", ""):
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
 
 
 @dataclass
@@ -96,12 +86,12 @@ def _call(me: dict[str, Any], peers: Peers, port: int, seconds: float) -> None:
                 break
             if time.monotonic() > end:
                 who = f"process {_some(missing)} of {peers.count}"
-                found = [f"{who} did not come in {seconds:g} s{_hint(peers)}"]
+                found = [f"{who} did not come in {seconds:g} s{_hint(peers) or _moved(peers)}"]
                 break
             if time.monotonic() > say:
                 say += _SAY
                 who = f"{len(missing)} of {peers.count} processes: {_some(missing)}"
-                _log.info("waiting for %s%s", who, _hint(peers))
+                _log.info("waiting for %s%s", who, _hint(peers) or _moved(peers))
             _admit(server, come)
         _tell(come, found)
     if found:
@@ -236,6 +226,18 @@ def _hint(peers: Peers) -> str:
     return (
         f"; {host} is each machine itself: if there are several, give all processes the address of the one "
         "of process 0, JAXTAX_COORDINATOR=HOST:PORT"
+    )
+
+
+def _moved(peers: Peers) -> str:
+    """What may be wrong when nobody comes to process 0, and the coordinator is another machine."""
+    host = (peers.coordinator or "").rsplit(":", 1)[0].strip("[]")
+    if not is_elsewhere(host):
+        return ""
+    return (
+        f"; all look for process 0 at {host}, which is no address of this machine, {socket.gethostname()}: "
+        "if that is another machine, give each process its own number, JAXTAX_PROCESS_ID (two may be 0), and "
+        "all of them the address of the machine of process 0, JAXTAX_COORDINATOR=HOST:PORT"
     )
 
 

@@ -9,12 +9,14 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from jaxtax.hosts import news, store
+from jaxtax.hosts.addresses import is_loopback
 from jaxtax.hosts.detect import ALONE, Peers, detect
 from jaxtax.hosts.limits import Bounds, Settings, bounds, use
 from jaxtax.hosts.memory import take_share
-from jaxtax.hosts.roll_call import is_loopback, roll_call
+from jaxtax.hosts.roll_call import roll_call
 from jaxtax.hosts.tls import tls
 from jaxtax.hosts.tpu_vm import attribute, from_metadata, is_tpu_vm
+from jaxtax.hosts.variables import unknown_variables
 
 __all__ = ["ALONE", "Peers", "Settings", "bounds", "detect", "start", "start_alone"]
 
@@ -40,11 +42,14 @@ def start(settings: Settings | None = None) -> Peers:
         return _peers
     if store.connected():  # by the program that uses this package
         return Peers(store.index(), store.count(), None, "jax.distributed")
-    peers, faults = ALONE, []
+    _warn_of_unknown(os.environ)
+    peers, devices, faults = ALONE, None, []
     try:
         peers = detect(os.environ)
         if peers is ALONE and is_tpu_vm(os.environ):
             peers = detect({**os.environ, **from_metadata(attribute)})
+        if peers.count > 1:
+            devices = local_devices(peers, os.environ, gpus_here())
     except ValueError as error:
         faults.append(str(error))
     try:
@@ -58,7 +63,7 @@ def start(settings: Settings | None = None) -> Peers:
     take_share(os.environ)
     use(limits)
     if peers.count > 1:
-        _connect(peers, limits)
+        _connect(peers, limits, devices)
     _peers = peers
     return peers
 
@@ -69,6 +74,7 @@ def start_alone(verb: str) -> None:
     Raises:
       ValueError: a launcher started several, which would all do the same and write the same files.
     """
+    _warn_of_unknown(os.environ)
     peers = detect(os.environ)
     if peers.count > 1:
         raise ValueError(
@@ -77,6 +83,11 @@ def start_alone(verb: str) -> None:
             "Several are for `jaxtax study`, `train`, `eval` and `convert`"
         )
     take_share(os.environ)
+
+
+def _warn_of_unknown(env: Mapping[str, str]) -> None:
+    for line in unknown_variables(env):
+        _log.warning("%s", line)
 
 
 def unreachable(peers: Peers, env: Mapping[str, str]) -> list[str]:
@@ -111,14 +122,13 @@ def _spares(name: str, host: str) -> bool:
         return bool(name) and host.endswith("." + name.lstrip(".*"))
 
 
-def _connect(peers: Peers, limits: Bounds) -> None:
+def _connect(peers: Peers, limits: Bounds, devices: list[int] | None) -> None:
     secured = tls(os.environ)
     roll_call(peers, limits.init)
     import jax
 
     # JAX's own handler of SIGTERM would take the place of Python's: see leave.py.
     jax.config.update("jax_enable_preemption_service", False)
-    devices = local_devices(peers, os.environ, gpus_here())
     try:
         jax.distributed.initialize(
             peers.coordinator,
@@ -153,15 +163,23 @@ def local_devices(peers: Peers, env: Mapping[str, str], gpus: int) -> list[int] 
 
     Args:
       gpus: of the machine.
+
+    Raises:
+      ValueError: the user's choice, JAX_LOCAL_DEVICE_IDS, is not one.
     """
-    if env.get("JAX_LOCAL_DEVICE_IDS"):
-        return [int(word) for word in env["JAX_LOCAL_DEVICE_IDS"].split(",")]
+    if chosen := env.get("JAX_LOCAL_DEVICE_IDS"):
+        if not re.fullmatch(r"\s*[0-9]+\s*(,\s*[0-9]+\s*)*", chosen):
+            raise ValueError(
+                f"JAX_LOCAL_DEVICE_IDS={chosen!r}; expected numbers of devices with commas between, as in "
+                "0,1; or unset it"
+            )
+        return [int(word) for word in chosen.split(",")]
     local, count = peers.local_index, peers.local_count
     if local is None or count is None or count == 1 or not gpus:
         return None
     chosen = env.get("CUDA_VISIBLE_DEVICES")
     seen = gpus if chosen is None else len([word for word in chosen.split(",") if word.strip()])
-    given = int(env["SLURM_GPUS_ON_NODE"]) if env.get("SLURM_GPUS_ON_NODE", "").isdigit() else gpus
+    given = int(env["SLURM_GPUS_ON_NODE"]) if env.get("SLURM_GPUS_ON_NODE", "").isdecimal() else gpus
     if seen < given or seen % count:
         return None
     each = seen // count

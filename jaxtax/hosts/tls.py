@@ -44,9 +44,10 @@ def tls(env: Mapping[str, str]) -> dict[str, Any]:
     if PEER in given and not given[PEER].endswith("/"):
         faults.append(f"{PEER}={given[PEER]}; expected the start of a URI that ends with /")
     if "mtls_cert_file" not in inspect.signature(jax.distributed.initialize).parameters:
+        asks = f"{', '.join(given)} {'ask' if len(given) > 1 else 'asks'} for TLS"
         faults.append(
-            f"{', '.join(given)} ask for TLS, which jax {jax.__version__} does not have; use jax 0.12 or "
-            "later (Python 3.12), or unset them and close the coordinator's port to strangers"
+            f"{asks}, which jax {jax.__version__} does not have; use jax 0.12 or "
+            "later (Python 3.12), or unset all JAXTAX_TLS_ and close the coordinator's port to strangers"
         )
     if faults:
         raise ValueError("\n".join(faults))

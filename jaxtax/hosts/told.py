@@ -1,7 +1,7 @@
-"""What a process does when it is told to leave, by SIGTERM or Ctrl-C: in the steps of a training, after one.
+"""What a process does when it is told to leave: by SIGTERM in the steps of a training, it leaves after one.
 
-Everywhere else, starting, restoring, compiling, evaluating, it leaves at once: nothing there is lost that the
-same command would not do again, as after `kill -9`.
+Everywhere else, starting, restoring, compiling, evaluating, and by Ctrl-C anywhere, it leaves at once:
+nothing is lost that the same command would not do again, as after `kill -9`.
 """
 
 import os

@@ -46,12 +46,13 @@ def _gpu(gib: float, flops: float, bandwidth: float) -> Kind:
 
 
 _BY_COMPILER = "what libtpu compiles for"
+_OF_CPU = 64
 KINDS = {
     "h100": _gpu(79.1, 989.4e12, 3.35e12),
     "h200": _gpu(139.7, 989.4e12, 4.8e12),
     "v5p": Kind("tpu", (3,), round(95.74 * GIB), 459e12, 2.765e12, _BY_COMPILER),
     "v6e": Kind("tpu", (2,), round(31.25 * GIB), 918e12, 1.64e12, _BY_COMPILER),
-    "cpu": Kind("cpu", (1,), 64 * GIB, 1e12, 0.1e12, "made up: a CPU shares its memory"),
+    "cpu": Kind("cpu", (1,), _OF_CPU * GIB, 1e12, 0.1e12, f"{_OF_CPU} GiB assumed: CPUs share their memory"),
 }
 
 

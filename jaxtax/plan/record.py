@@ -3,6 +3,7 @@
 Makes the plans in the file anew, those whose command holds all of the words, and prints all as a table.
 """
 
+import argparse
 import json
 import shlex
 import subprocess
@@ -14,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from jaxtax.artifact import write_json
+from jaxtax.plan.machines import GIB
+from jaxtax.plan.report import Report
 
-GIB = 2**30
 _HEADER = (
     "| `jaxtax plan` | | GiB per device | weights, optimizer, rest | at most, tokens/s per device |\n"
     "|---|---|---|---|---|"
@@ -46,16 +48,13 @@ def as_markdown(plans: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _line(plan: Mapping[str, Any]) -> str:
-    report = plan["report"]
-    sizes = {name: size / GIB for name, size in report["bytes_per_device"].items()}
+    report = Report.from_json(plan["report"])
+    sizes = {name: size / GIB for name, size in report.bytes_per_device.items()}
     parts = ", ".join(f"{sizes[name]:.1f}" for name in ("params", "optimizer", "activations"))
-    floor = report["seconds_floor"].values()
-    seconds = sum(floor) if report["step"] == "train" else max(floor)
-    speed = report["tokens_per_step"] / seconds / report["num_devices"]
-    verdict = "fits" if report["fits"] else "does not fit"
+    verdict = "fits" if report.fits else "does not fit"
     return (
         f"| `{plan['command']}` | {verdict} | {sizes['peak']:.1f} of {sizes['available']:.1f} | {parts} | "
-        f"{speed:,.0f} |"
+        f"{report.speed:,.0f} |"
     )
 
 
@@ -70,5 +69,23 @@ def main(path: Path, words: Sequence[str]) -> None:
     print(as_markdown(kept["plans"]))
 
 
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m jaxtax.plan.record",
+        usage="%(prog)s FILE [WORD ...]",
+        description="Makes kept plans anew, and prints all as a table.",
+    )
+    parser.add_argument("file", type=Path, metavar="FILE", help="the plans, such as configs/plans.json")
+    # Also words such as --decode.
+    parser.add_argument(
+        "words", nargs=argparse.REMAINDER, metavar="WORD", help="only plans whose command holds all of them"
+    )
+    given = parser.parse_args()
+    if not given.file.is_file():
+        parser.error(f"{given.file}: no such file; expected kept plans, such as configs/plans.json")
+    return given
+
+
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2:])
+    told = _arguments()
+    main(told.file, told.words)

@@ -1,9 +1,10 @@
 """What a plan found, as a table and as JSON."""
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, Self
 
-GIB = 2**30
+from jaxtax.plan.machines import GIB, KINDS
 
 
 @dataclass(frozen=True)
@@ -80,18 +81,36 @@ class Report:
         parts = self.seconds_floor.values()
         return sum(parts) if self.step == "train" else max(parts)
 
+    @property
+    def speed(self) -> float:
+        """Tokens per second and device, at most."""
+        return self.tokens_per_step / self.seconds / self.num_devices
+
+    @property
+    def copied_stacks(self) -> list[dict[str, Any]]:
+        """Those of `extra_stacks` that the compiler has no reason of its own for."""
+        platform = KINDS[self.topology.partition(":")[0]].platform
+        if platform == "cpu":  # it turns and widens stacks as it likes, and is there for trying things out
+            return []
+        return [one for one in self.extra_stacks if not (platform == "tpu" and _is_of_tpu(one))]
+
     def as_json(self) -> dict[str, Any]:
         """Of plain types."""
         return asdict(self)
+
+    @classmethod
+    def from_json(cls, told: Mapping[str, Any]) -> Self:
+        """The report that `as_json` told."""
+        ways = [Way(tuple(way["overrides"]), way["peak"], way["fits"]) for way in told["ways"]]
+        return cls(**{**told, "ways": ways})
 
 
 def table(report: Report) -> str:
     """The report in lines for people."""
     sizes = report.bytes_per_device
     mesh = ", ".join(f"{axis}={size}" for axis, size in report.mesh.items() if size > 1) or "one device"
-    floor = report.seconds_floor
-    seconds = report.seconds
     verdict = "fits" if report.fits else "does not fit"
+    at_most = f"{report.speed:,.0f} tokens/s per device"
     rows = [
         ("step", f"{report.step}, {report.tokens_per_step:,} tokens"),
         ("model", f"{report.model}: {report.num_params:,} parameters"),
@@ -103,21 +122,30 @@ def table(report: Report) -> str:
         ("  available", report.available_why),
         ("state", _state(report)),
         ("work", _work(report)),
-        ("at the peak", f"{seconds:.3g} s a step: {_parts(floor)}; {_speed(report, seconds)}"),
+        ("at the peak", f"{report.seconds:.3g} s a step: {_parts(report.seconds_floor)}; {at_most}"),
     ]
     for kind, found in report.collectives.items():
         rows.append((kind, f"{found['count']:,} a step, {found['bytes'] / GIB:.3g} GiB"))
     if report.loops_counted_once:
-        rows.append(("", f"{report.loops_counted_once} loops with collectives in them were counted once"))
+        rows.append(("", f"counted once each: loops with collectives in them ({report.loops_counted_once})"))
+    rows += [("copies", _copies(found)) for found in report.copied_stacks]
     rows.append(("compiled in", f"{report.compile_seconds:.0f} s"))
     for way in report.ways:
         fits = "fits" if way.fits else "does not fit"
         rows.append(("instead", f"{' '.join(way.overrides)}: {fits}, {_gib(way.peak)} GiB"))
-    for found in report.extra_stacks:
-        arrays = f"{len(found['arrays'])} arrays of {found['stack']}"
-        rows.append(("weights again", f"{arrays}, for {found['gradients']} gradients"))
     rows.append(("note", report.note))
     return "\n".join(f"{name:<20}  {value}" for name, value in rows if value)
+
+
+def _is_of_tpu(found: dict[str, Any]) -> bool:
+    """Whether an extra stack is no more than what the compiler for TPUs makes.
+
+    It casts or turns the stacks of experts before the loop over layers, also where a layer takes its part of
+    them behind an optimization barrier: one copy of each, in two bytes.
+    """
+    arrays, gradients = found["arrays"], found["gradients"]
+    copies = [array for array in arrays if array.startswith("bf16")]
+    return len(arrays) <= 2 * gradients and len(copies) >= len(arrays) - gradients
 
 
 def _gib(size: float) -> str:
@@ -135,9 +163,12 @@ def _work(report: Report) -> str:
     return f"{report.flops_per_token / 1e9:.4g} GFLOP a token{more}"
 
 
+def _copies(found: dict[str, Any]) -> str:
+    return (
+        f"all layers' weights are among what lives during a step: {len(found['arrays'])} arrays of the size "
+        f"of {found['stack']}, where gradients need {found['gradients']}"
+    )
+
+
 def _parts(floor: dict[str, float]) -> str:
     return ", ".join(f"{name} {seconds:.3g} s" for name, seconds in floor.items() if seconds)
-
-
-def _speed(report: Report, seconds: float) -> str:
-    return f"{report.tokens_per_step / seconds / report.num_devices:,.0f} tokens/s per device"

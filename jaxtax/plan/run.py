@@ -3,8 +3,9 @@
 import math
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import jax
@@ -12,6 +13,7 @@ from jax.sharding import Mesh
 
 from jaxtax.config import TrainConfig
 from jaxtax.config_blocks import MeshSizes
+from jaxtax.faults import all_of
 from jaxtax.model.config import count_parameters
 from jaxtax.model.mlp import ExpertsForm
 from jaxtax.plan.machines import Machine, machine
@@ -54,8 +56,8 @@ def plan(
     """
     say = say or (lambda _: None)
     where, wanted = machine(topology), target(cfg, kind, experts)
-    devices = where.devices()
-    check(wanted, where)
+    # What needs no compiler comes first, so that nobody gets one before he hears of it.
+    _, devices = all_of(lambda: check(wanted, where), where.devices)
     say(f"compiling the {kind} step of {wanted.named} for {topology}")
     report = replace(examine(wanted, where, devices)[0], config=name)
     if report.fits or not tries:
@@ -70,7 +72,7 @@ def check(wanted: Target, where: Machine) -> None:
     """Checks that the mesh of a config is that of the machine and divides the model.
 
     Raises:
-      ValueError: it does not, or is none for generation.
+      ValueError: it does not, or is none for generation; with all faults.
     """
     cfg = wanted.cfg
     sizes = cfg.mesh.model_dump()
@@ -78,6 +80,15 @@ def check(wanted: Target, where: Machine) -> None:
         raise ValueError(
             f"mesh.split_sequence: unknown key of generation; known here: {', '.join(MeshSizes.model_fields)}"
         )
+    rows = cfg.batch_rows // wanted.micro_batches
+    four_bit = wanted.experts == "mxfp4"
+    divided = partial(
+        check_mesh, wanted.model_cfg, sizes, rows, row_tokens=cfg.data.row_tokens, four_bit_experts=four_bit
+    )
+    all_of(lambda: _check_count(sizes, where), divided)
+
+
+def _check_count(sizes: Mapping[str, int], where: Machine) -> None:
     count = math.prod(sizes[axis] for axis in MESH_AXES)
     if count != where.num_devices:
         found = ", ".join(f"{axis}={sizes[axis]}" for axis in MESH_AXES)
@@ -85,9 +96,6 @@ def check(wanted: Target, where: Machine) -> None:
             f"mesh ({found}) has {count} devices, but {where.name} has {where.num_devices}; put mesh sizes "
             f"whose product is {where.num_devices} over the config, as in mesh.fsdp={where.num_devices}"
         )
-    rows = cfg.batch_rows // cfg.micro_batches
-    four_bit = wanted.experts == "mxfp4"
-    check_mesh(wanted.model_cfg, sizes, rows, row_tokens=cfg.data.row_tokens, four_bit_experts=four_bit)
 
 
 def examine(wanted: Target, where: Machine, devices: list[Any]) -> tuple[Report, Program | None]:
@@ -186,7 +194,7 @@ def _extra_stacks(wanted: Target, step: Step, program: Program) -> list[dict[str
     cfg = wanted.cfg
     pieces = cfg.mesh.fsdp if cfg.mesh.split_sequence else 1
     # Those of one micro batch, and their sum over all of them.
-    gradients = 1 if cfg.micro_batches == 1 else 2
+    gradients = 1 if wanted.micro_batches == 1 else 2
     return extra_stacks(program, step.trained, step.frozen, gradients, cfg.data.row_tokens // pieces)
 
 
@@ -197,7 +205,7 @@ def _expanded(wanted: Target, mesh: Mesh, program: Program) -> int:
     if moe is None or wanted.kind == "decode":
         return 0
     others = math.prod(mesh.shape[axis] for axis in AXIS_TO_MESH["batch"])
-    tokens = wanted.tokens // (others * wanted.cfg.micro_batches)
+    tokens = wanted.tokens // (others * wanted.micro_batches)
     experts = moe.num_experts // mesh.shape["expert"]
     least = experts * tokens * min(cfg.embed_dim, cfg.mlp_dim // mesh.shape["tensor"])
     sizes = (

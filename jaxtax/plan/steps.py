@@ -60,6 +60,11 @@ class Target:
         return count(self.model_cfg, self.cfg.data.row_tokens)
 
     @property
+    def micro_batches(self) -> int:
+        """Parts of a batch that are computed one after the other; generation has all rows at once."""
+        return self.cfg.micro_batches if self.kind == "train" else 1
+
+    @property
     def tokens(self) -> int:
         """Of one step, over all devices."""
         return self.cfg.batch_rows * (1 if self.kind == "decode" else self.cfg.data.row_tokens)
@@ -103,8 +108,9 @@ def target(cfg: TrainConfig, kind: StepKind, experts: ExpertsForm | None = None)
         vocab = SIZES[name].vocab_size if name in SIZES else 0
         model_cfg = named_size(name, vocab_size=vocab, window=choice.window)
         named = name if choice.size else f"{name}, by the name of {choice.path}, which is not there"
-    trained = kind == "train" and "experts" not in cfg.freeze
-    return Target(cfg, model_cfg, named, experts or held or _usual(model_cfg, trained), kind)
+    if kind == "train" and "experts" not in cfg.freeze:
+        held = "plain"  # training makes them so
+    return Target(cfg, model_cfg, named, experts or held or _usual(model_cfg), kind)
 
 
 def abstract_step(target: Target, mesh: Mesh) -> Step:
@@ -136,10 +142,10 @@ def _size_in(path: Path | None) -> str:
     )
 
 
-def _usual(cfg: ModelConfig, trained: bool) -> ExpertsForm:
-    """Published experts stay in 4 bits unless they are trained (see hf/)."""
+def _usual(cfg: ModelConfig) -> ExpertsForm:
+    """Published experts stay in 4 bits (see hf/)."""
     blocks = cfg.embed_dim % 32 == 0 and cfg.mlp_dim % 32 == 0
-    return "mxfp4" if cfg.family == "gpt_oss" and blocks and not trained else "plain"
+    return "mxfp4" if cfg.family == "gpt_oss" and blocks else "plain"
 
 
 def held_bytes(target: Target) -> int:

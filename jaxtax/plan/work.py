@@ -13,13 +13,11 @@ class Work:
     """Operations per token of a row.
 
     Attributes:
-      forward: of the forward pass.
-      model: of a training step without recomputation; the backward direction of attention counts 2.5 times
-        its forward, as flash attention does it. This is what utilization is measured against.
+      model: of a step without recomputation; where it trains, the backward direction of attention counts 2.5
+        times its forward, as flash attention does it. This is what utilization is measured against.
       done: with what remat computes again.
     """
 
-    forward: float
     model: float
     done: float
 
@@ -29,19 +27,18 @@ def training_work(cfg: ModelConfig, row_tokens: int, *, remat: str, freeze: tupl
     qkv, out, mlp, head = _products(cfg)
     attention = _attention(cfg, row_tokens)
     layers = cfg.num_layers * (qkv + out + mlp)
-    forward = layers + attention + head
     # Each product has two more in the backward direction, one for its input and one for its weights.
     frozen = cfg.num_layers * mlp * ("experts" in freeze) + head * ("unembed" in freeze)
     model = 3 * (layers + head) - frozen + 3.5 * attention
     again = {"none": 0.0, "attn": layers - cfg.num_layers * qkv, "full": layers + attention}[remat]
-    return Work(forward, model, model + again)
+    return Work(model, model + again)
 
 
 def forward_work(cfg: ModelConfig, row_tokens: int) -> Work:
     """Of reading prompts, which needs the head at the last token of a row alone."""
     qkv, out, mlp, head = _products(cfg)
     forward = cfg.num_layers * (qkv + out + mlp) + head / row_tokens + _attention(cfg, row_tokens)
-    return Work(forward, forward, forward)
+    return Work(forward, forward)
 
 
 def decoding_work(cfg: ModelConfig, context: int) -> Work:
@@ -50,7 +47,7 @@ def decoding_work(cfg: ModelConfig, context: int) -> Work:
     seen = [context if window is None else min(window, context) for window in cfg.windows]
     attention = cfg.depth * sum(4.0 * cfg.num_heads * cfg.head_dim * keys for keys in seen)
     forward = cfg.num_layers * (qkv + out + mlp) + head + attention
-    return Work(forward, forward, forward)
+    return Work(forward, forward)
 
 
 def _products(cfg: ModelConfig) -> tuple[float, float, float, float]:

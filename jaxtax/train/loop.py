@@ -153,9 +153,9 @@ class _Training:
                 self._watchdog.enter("save")
                 self._finish(model_dir)
             except BaseException:
-                with contextlib.suppress(OSError):  # what ended the run is what has to be told
-                    metrics_file.close()
-                    self._ledger.close()
+                for close in (metrics_file.close, self._ledger.close):
+                    with contextlib.suppress(OSError):  # what ended the run is what has to be told
+                        close()
                 raise
             metrics_file.close()
 
@@ -284,7 +284,12 @@ class _Training:
             "seed": cfg.seed,
         }
         model = join(self._graphdef, self._state.params, self._frozen)
-        system = None if job.system is None else job.system.model_dump(exclude_none=True)
         save_model(
-            directory, model, tokenizer_dir=job.tokenizer_dir, chat=job.chat, system=system, origin=origin
+            directory,
+            model,
+            tokenizer_dir=job.tokenizer_dir,
+            chat=job.chat,
+            system=None if job.system is None else job.system.model_dump(exclude_none=True),
+            origin=origin,
+            what=f"the model of step {self._step}",
         )

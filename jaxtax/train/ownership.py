@@ -7,13 +7,13 @@ from pathlib import Path
 
 from jaxtax.artifact import in_words
 from jaxtax.checkpoint.together import everyone
+from jaxtax.hosts.first import SHOWS
 from jaxtax.hosts.limits import limits
 from jaxtax.hosts.process import is_first_process
 from jaxtax.owner import LEASE, Claim, claim, is_held
 
 # Waits here name no path: processes may have been given different ones.
 _SECONDS = 60.0
-_SHOWS = 75.0  # seconds within which a network disk shows what another machine wrote: NFS may take 60
 
 
 class Owner:
@@ -34,7 +34,8 @@ class Owner:
                 self._claim.check()
             except ValueError as error:
                 fault = str(error)
-        _raise_all(everyone("the claim on the directory", fault, seconds=_SECONDS))
+        # With the patience of a save, which comes next: a disk that stands still now would hold that up, too.
+        _raise_all(everyone("the claim on the directory", fault))
 
 
 @contextmanager
@@ -75,10 +76,10 @@ def _check_shared(out: Path, token: str) -> None:
     Raises:
       ValueError: in all processes, if one does not.
     """
-    end = time.monotonic() + _SHOWS
+    end = time.monotonic() + SHOWS
     while not (seen := is_held(out, token)) and time.monotonic() < end:
         time.sleep(0.1)
-    seen_by = everyone("seeing the claim of process 0", seen, seconds=_SHOWS + _SECONDS)
+    seen_by = everyone("seeing the claim of process 0", seen, seconds=SHOWS + _SECONDS)
     if blind := [str(number) for number, seen in enumerate(seen_by) if not seen]:
         who = f"process{'es' if len(blind) > 1 else ''} {', '.join(blind)}"
         raise ValueError(
