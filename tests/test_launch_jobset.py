@@ -167,10 +167,12 @@ def test_the_command_of_the_jobset_fits_its_pods(monkeypatch):
     [container] = spec["template"]["spec"]["containers"]
     variables = {one["name"]: one.get("value") for one in container["env"]}
     monkeypatch.setenv("JAXTAX_ASSETS", variables["JAXTAX_ASSETS"])
-    monkeypatch.setattr(config_file, "_missing", lambda path, what: None)
     program, verb, path, *overrides = container["command"]
     assert (program, verb) == ("jaxtax", "train")
-    cfg = config_file.load(ROOT / path, overrides, config.TrainConfig)
+    with monkeypatch.context() as in_the_pod:
+        in_the_pod.setattr(config_file, "_missing", lambda path, what: None)
+        in_the_pod.setattr(config_file.os.path, "isdir", lambda path: True)
+        cfg = config_file.load(ROOT / path, overrides, config.TrainConfig)
     sizes = cfg.mesh.model_dump()
     gpus = spec["parallelism"] * container["resources"]["limits"]["nvidia.com/gpu"]
     assert math.prod(sizes[axis] for axis in MESH_AXES) == gpus

@@ -301,7 +301,7 @@ def test_4_bit_experts_that_are_not_frozen_are_refused():
 def test_a_run_decodes_4_bit_experts_that_it_trains_and_keeps_frozen_ones(monkeypatch, freeze, form):
     stored = four_bit_model(CFG, "bfloat16")
 
-    def load(path, *, mesh, param_dtype):
+    def load(path, *, mesh, param_dtype, what):
         return cast_floating(stored, param_dtype)
 
     monkeypatch.setattr(job, "load_model", load)
