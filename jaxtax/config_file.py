@@ -197,7 +197,7 @@ def _put(data: dict[str, Any], parts: list[str], value: Any) -> Key:
 def _settle_paths(data: dict[str, Any], schema: type[BaseModel], where: Callable[[Key], str]) -> list[str]:
     """Expands the paths in `data`; returns the faults of those that cannot be read from or written to."""
     faults, need_assets = [], []
-    assets = os.environ.get(ASSETS, "")
+    assets = os.path.expanduser(os.environ.get(ASSETS, ""))
     for leaf in leaves(schema, [data], 0):
         text = leaf.holder[leaf.index]
         if leaf.type is not Path or not isinstance(text, str):

@@ -229,6 +229,9 @@ def test_the_assets_variable_stands_for_its_directory(write, tmp_path, monkeypat
         "command line: data.sources.0.files.0: needs the environment variable JAXTAX_ASSETS"
     )
     assert "(1 more key needs it)" in found
+    monkeypatch.setenv("HOME", str(tmp_path.parent))  # nobody expands it in a container's environment
+    monkeypatch.setenv("JAXTAX_ASSETS", f"~/{tmp_path.name}")
+    assert load(write(GOOD), [files], TrainConfig) == config
     monkeypatch.setenv("JAXTAX_ASSETS", str(tmp_path / "absent"))
     (found,) = faults_of(write(GOOD), files)
     assert f"JAXTAX_ASSETS, which is {tmp_path}/absent, and that is no directory (1 more key" in found

@@ -346,8 +346,15 @@ SLURM = {
         ({"JAXTAX_TLS_CERT": "absent.pem"}, "JAXTAX_TLS_CERT=absent.pem: no such file"),
         ({"JAXTAX_HEARTBEAT_SECONDS": "abc"}, "JAXTAX_HEARTBEAT_SECONDS='abc' expected a number of seconds"),
         ({"KUBERNETES_SERVICE_HOST": "10.0.0.1", "JOB_COMPLETION_INDEX": "1"}, "launch/jobset.yaml"),
+        (
+            {
+                "JAXTAX_NUM_PROCESSES": "2", "JAXTAX_PROCESS_ID": "0", "JAXTAX_COORDINATOR": "localhost:1",
+                "JAX_LOCAL_DEVICE_IDS": "all",
+            },
+            "JAX_LOCAL_DEVICE_IDS='all'; expected numbers",
+        ),
     ],
-)
+)  # fmt: skip
 def test_a_launcher_that_cannot_work_is_found(environ, words):
     machine = with_peers(Machine(host="n1", addresses=("10.0.0.1",), versions=HEALTHY.versions), environ)
     seen = found([machine], Wanted())

@@ -54,6 +54,7 @@ POD = {"KUBERNETES_SERVICE_HOST": "10.0.0.1", "JOB_COMPLETION_INDEX": "2"}
         ({"HOME": "/root", "JAXTAX_TRACEBACK": "1"}, 0, 1, None),
         (EXPLICIT, 1, 4, "first.cluster:6002"),
         (EXPLICIT | {"JAXTAX_COORDINATOR": "first.cluster"}, 1, 4, "first.cluster:8476"),
+        (EXPLICIT | {"JAXTAX_COORDINATOR": "c", "JAXTAX_COORDINATOR_PORT": "tcp://d:1"}, 1, 4, "c:8476"),
         (EXPLICIT | {"JAXTAX_COORDINATOR": "[fd00::1]:6002"}, 1, 4, "[fd00::1]:6002"),
         (EXPLICIT | {"JAXTAX_COORDINATOR": "fd00::1"}, 1, 4, "[fd00::1]:8476"),
         (EXPLICIT | SLURM, 1, 4, "first.cluster:6002"),

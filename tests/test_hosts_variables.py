@@ -85,7 +85,8 @@ def test_a_host_and_its_port_are_read(text, found):
     "text",
     [
         "127.0.0.1:99999", "127.0.0.1:0", "127.0.0.1:abc", "127.0.0.1:", ":6002", "tcp://a:1", "http://a",
-        "a b:1", "[a]:1", "[fd00::1]6002", "[]:1", "a:1:2", "fd00::1:99999", "user@a:1",
+        "a b:1", "[a]:1", "[fd00::1]6002", "[]:1", "a:1:2", "a..b:1", f"{'a' * 64}:1", ".a", "fd00::1:99999",
+        "user@a:1",
     ],
 )  # fmt: skip
 def test_what_is_no_host_and_port_is_refused(text):

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from jaxtax.checkpoint import together
-from jaxtax.hosts import leave
+from jaxtax.hosts import first, leave, store
+from jaxtax.hosts.first import first_does
 from jaxtax.hosts.leave import EXIT_STUCK, exits_hard
 from jaxtax.hosts.told import stop_signal, stop_wanted
 from jaxtax.hosts.wait import PeerMissing, barrier, share
@@ -189,6 +190,31 @@ def test_a_process_whose_interpreter_is_held_is_ended_with_its_stacks_too():
     assert done.returncode == leave.EXIT_FAILED
     assert time.monotonic() - began < 20
     assert "in hold" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        OSError(28, "No space left on device", "replies.jsonl"),
+        OSError("an answer was lost"),
+        ValueError("no"),
+    ],
+    ids=["full", "lost", "refused"],
+)
+def test_a_fault_of_the_first_process_is_the_same_in_all(monkeypatch, fault):
+    def fails():
+        raise fault
+
+    told, codes = [], []
+    monkeypatch.setattr(store, "connected", lambda: True)
+    monkeypatch.setattr(first, "share", lambda name, value, seconds: told.append(value) or told)
+    for index in (0, 1):
+        monkeypatch.setattr(store, "index", lambda index=index: index)
+        with pytest.raises(type(fault)) as caught:
+            first_does("test", fails)
+        assert str(caught.value) == str(fault)
+        codes.append(getattr(caught.value, "errno", None))
+    assert codes[0] == codes[1]
 
 
 def test_work_that_goes_on_is_left_alone():

@@ -540,6 +540,9 @@ def test_experts_of_a_model_that_is_there_are_held_as_training_holds_them(monkey
         return target(config(f"model.path={tmp_path}", *overrides, path=path), kind).experts
 
     assert held("train", "freeze=[router]") == "plain"
+    wide = config(f"model.path={tmp_path}", "mesh.fsdp=32", "mesh.tensor=8", "batch_rows=256", path=path)
+    with pytest.raises(ValueError, match="256 does not divide"):  # as training says, which reads them so
+        check(target(wide, "train"), machine("h100:32x8"))
     assert held("train", "freeze=[experts]") == held("decode") == "mxfp4"
     there.experts = "plain"
     assert held("train", "freeze=[experts]") == held("decode") == "plain"

@@ -10,7 +10,7 @@ from jaxtax.doctor.finding import Machine
 from jaxtax.faults import all_of
 from jaxtax.hosts.detect import ALONE, Peers, detect
 from jaxtax.hosts.limits import bounds
-from jaxtax.hosts.start import is_loopback
+from jaxtax.hosts.start import gpus_here, is_loopback, local_devices
 from jaxtax.hosts.tls import tls
 from jaxtax.hosts.tpu_vm import attribute, from_metadata, is_tpu_vm
 
@@ -45,7 +45,9 @@ def with_peers(machine: Machine, environ: Mapping[str, str] = os.environ) -> Mac
 def _peers(environ: Mapping[str, str]) -> Peers:
     peers = detect(environ)
     if peers is ALONE and is_tpu_vm(environ):
-        return detect({**environ, **from_metadata(attribute)})
+        peers = detect({**environ, **from_metadata(attribute)})
+    if peers.count > 1:
+        local_devices(peers, environ, gpus_here())  # for its faults
     return peers
 
 

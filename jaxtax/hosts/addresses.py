@@ -25,7 +25,8 @@ def host_port(text: str) -> tuple[str, str | None]:
     else:
         host, colon, rest = text.partition(":")
         port = rest if colon else None
-        good = re.fullmatch(r"[^\s/\[\]@]+", host) is not None
+        # Of parts that a name server takes.
+        good = re.fullmatch(r"[^\s/\[\]@.]{1,63}(\.[^\s/\[\]@.]{1,63})*\.?", host) is not None
     if not good or not (port is None or is_port(port)):
         raise ValueError(
             f"expected HOST:PORT with {PORTS} (an IPv6 address is [ADDRESS]:PORT), or HOST alone"

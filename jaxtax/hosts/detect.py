@@ -102,7 +102,9 @@ _PORTS = ("JAXTAX_COORDINATOR_PORT", "JAX_COORDINATOR_PORT", "MASTER_PORT")
 
 def _first(env: Env, names: tuple[str, ...]) -> str | None:
     """The first of these variables that says something."""
-    return next((name for name in names if env.get(name)), None)
+    # For a service of such a name Kubernetes sets its address there.
+    given = (name for name in names if env.get(name) and not env[name].startswith("tcp://"))
+    return next(given, None)
 
 
 def _coordinator(env: Env, faults: list[str]) -> str | None:

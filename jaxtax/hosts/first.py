@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from jaxtax.hosts import store
 from jaxtax.hosts.wait import share
@@ -33,13 +33,19 @@ def first_does(name: str, action: Callable[[], T], *, seconds: float = 600) -> T
             result = action()
         except (ValueError, OSError) as error:
             fault = error
-    told = None if fault is None else [isinstance(fault, OSError), str(fault)]
-    given, told = share(name, [result, told], seconds=seconds)[0]
+    given, told = share(name, [result, None if fault is None else _told(fault)], seconds=seconds)[0]
     if fault is not None:
         raise fault
     if told is not None:
-        raise (OSError if told[0] else ValueError)(told[1])
+        raise (OSError if told[0] else ValueError)(*told[1])
     return given
+
+
+def _told(fault: ValueError | OSError) -> list[Any]:
+    """Whether it is the system's, and what makes the same of it: its number decides the exit code."""
+    if isinstance(fault, OSError) and fault.errno is not None:
+        return [True, [fault.errno, fault.strerror, None if fault.filename is None else str(fault.filename)]]
+    return [isinstance(fault, OSError), [str(fault)]]
 
 
 def await_seen(path: Path) -> None:

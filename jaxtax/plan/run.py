@@ -81,7 +81,8 @@ def check(wanted: Target, where: Machine) -> None:
             f"mesh.split_sequence: unknown key of generation; known here: {', '.join(MeshSizes.model_fields)}"
         )
     rows = cfg.batch_rows // wanted.micro_batches
-    four_bit = wanted.experts == "mxfp4"
+    # What is stored so is loaded so before it is trained.
+    four_bit = "mxfp4" in (wanted.experts, wanted.stored)
     divided = partial(
         check_mesh, wanted.model_cfg, sizes, rows, row_tokens=cfg.data.row_tokens, four_bit_experts=four_bit
     )

@@ -43,6 +43,7 @@ class Target:
       named: where the model's sizes are from, in words.
       experts: whether the experts are in 4 bits.
       kind: of step.
+      stored: how they are in the model's directory, if it is there.
     """
 
     cfg: TrainConfig
@@ -50,6 +51,7 @@ class Target:
     named: str
     experts: ExpertsForm
     kind: StepKind
+    stored: ExpertsForm | None = None
 
     def work(self) -> Work:
         """Operations per token."""
@@ -99,18 +101,18 @@ def target(cfg: TrainConfig, kind: StepKind, experts: ExpertsForm | None = None)
       ValueError: the sizes of the model cannot be told.
     """
     choice = cfg.model
-    held: ExpertsForm | None = None
+    stored: ExpertsForm | None = None
     if choice.path is not None and choice.path.exists():
         model_cfg, named = read_model_config(choice.path), str(choice.path)
-        held = read_description(choice.path).experts
+        stored = read_description(choice.path).experts
     else:
         name = choice.size or _size_in(choice.path)
         vocab = SIZES[name].vocab_size if name in SIZES else 0
         model_cfg = named_size(name, vocab_size=vocab, window=choice.window)
         named = name if choice.size else f"{name}, by the name of {choice.path}, which is not there"
-    if kind == "train" and "experts" not in cfg.freeze:
-        held = "plain"  # training makes them so
-    return Target(cfg, model_cfg, named, experts or held or _usual(model_cfg), kind)
+    trained = kind == "train" and "experts" not in cfg.freeze  # which makes them plain
+    held = experts or ("plain" if trained else stored) or _usual(model_cfg)
+    return Target(cfg, model_cfg, named, held, kind, stored)
 
 
 def abstract_step(target: Target, mesh: Mesh) -> Step:
