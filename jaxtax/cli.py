@@ -231,7 +231,7 @@ def generate(
 @data_app.command(name="show")
 def data_show(
     config: ConfigFile,
-    overrides: Annotated[Overrides, _put_over("out=DIR")] = None,
+    overrides: Annotated[Overrides, _put_over("chat=harmony")] = None,
     limit: Annotated[int, typer.Option(min=1, help="Conversations of each data set.")] = 3,
 ) -> None:
     """Print training conversations as the model sees them.
